@@ -1,0 +1,2 @@
+//! Collectives and sharding.
+pub mod schedule;
