@@ -24,6 +24,7 @@
 #![forbid(unsafe_code)]
 
 mod barrier;
+pub mod check;
 mod direct;
 mod owners;
 pub mod price;
