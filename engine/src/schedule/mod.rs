@@ -25,6 +25,7 @@
 
 mod barrier;
 pub mod check;
+pub mod choose;
 mod direct;
 mod owners;
 pub mod price;
