@@ -1,0 +1,1 @@
+//! What kernels promise, checked against the oracle and against arithmetic that is neither's.
