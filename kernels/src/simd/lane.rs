@@ -11,7 +11,7 @@ pub(crate) use int::Int;
 pub(super) use int::{And, Divide, IntLarger, IntPlus, IntSmaller, IntTimes, Multiply, Or};
 pub(super) use ops::{Clamp, Convert, Larger, Plus, Scale, Smaller, Times};
 
-use std::ops::{Add, Div, Mul, Sub};
+use std::ops::{Add, Div, Mul, Neg, Sub};
 
 use half::{bf16, f16};
 
@@ -30,6 +30,8 @@ pub(super) trait Binary<B, A> {
 
 /// A float in memory.
 pub(crate) trait Lane: Element {
+    /// The accumulator of this type alone.
+    type Own: Acc;
     /// Exact, but for f64, which is rounded.
     fn to_f32(self) -> f32;
     /// Rounded once.
@@ -48,6 +50,7 @@ pub(crate) trait Acc:
     + Sub<Output = Self>
     + Mul<Output = Self>
     + Div<Output = Self>
+    + Neg<Output = Self>
 {
     fn load<L: Lane>(lane: L) -> Self;
     fn store<L: Lane>(self) -> L;
@@ -60,6 +63,8 @@ pub(crate) trait Acc:
 }
 
 impl Lane for f64 {
+    type Own = f64;
+
     #[inline(always)]
     fn to_f32(self) -> f32 {
         self as f32
@@ -79,6 +84,8 @@ impl Lane for f64 {
 }
 
 impl Lane for f32 {
+    type Own = f32;
+
     #[inline(always)]
     fn to_f32(self) -> f32 {
         self
@@ -103,6 +110,8 @@ macro_rules! small_lanes {
     ($($lane:ty: $fraction:literal, $bias:literal, $overflow:literal, $special:literal, $nan:literal, $bits:ty,
         $wrap:expr, $unwrap:expr;)*) => {$(
         impl Lane for $lane {
+            type Own = f32;
+
             #[inline(always)]
             fn to_f32(self) -> f32 {
                 grow::<$fraction, $bias, $special>(u32::from($unwrap(self)), <$bits>::BITS)

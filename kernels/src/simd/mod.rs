@@ -13,6 +13,8 @@ use std::marker::PhantomData;
 
 pub(crate) use lane::{Acc, Int, Lane};
 pub(crate) use optim::{adamw, sgd};
+#[cfg(test)]
+pub(crate) use raw::away;
 pub(crate) use raw::copy;
 
 use crate::dtype::{Bool, Element};
@@ -148,7 +150,7 @@ pub(crate) fn fill<T: Element>(into: SpanMut<'_>, value: T) {
 pub(crate) fn clamp<A: Lane>(x: SpanMut<'_>, limit: A) {
     launch(MapInPlace {
         x: Writer::<A>::of(x),
-        each: Clamp { limit },
+        each: Clamp(A::Own::load(limit)),
     });
 }
 

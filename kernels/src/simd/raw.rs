@@ -167,3 +167,37 @@ impl<'a, T: Element> Writer<'a, T> {
         unsafe { element.write(value) }
     }
 }
+
+/// A span over device memory, which no host kernel may touch.
+#[cfg(test)]
+pub(crate) fn away(dtype: Dtype) -> Span<'static> {
+    // SAFETY: no elements, so nothing is promised about the address. A kernel that read it would fault in the test
+    // `device_memory_is_refused_on_the_host`.
+    unsafe { Span::from_raw(ptr::null(), dtype, 0, Memory::Cuda(1)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn raw_spans_are_the_spans_of_their_slices() {
+        let data = [1.0f32, 2.0, 3.0];
+        let mut into = [0.0f32; 3];
+        // SAFETY: `data` is three initialised f32, outlives the span, and is not written. Miri would tell.
+        let from = unsafe { Span::from_raw(data.as_ptr().cast(), Dtype::F32, 3, Memory::Host) };
+        let ptr = into.as_mut_ptr().cast();
+        // SAFETY: `into` is three initialised f32, outlives the span, and is not looked at meanwhile. Miri would tell.
+        let target = unsafe { SpanMut::from_raw(ptr, Dtype::F32, 3, Memory::Host) };
+        crate::cast(from, target).unwrap();
+        assert_eq!(into, data);
+    }
+
+    #[test]
+    #[should_panic(expected = "a span of f32 must start at a multiple of 4 bytes")]
+    fn a_crooked_address_panics() {
+        let crooked = ptr::without_provenance(6);
+        // SAFETY: no elements, so nothing is promised about the address; the call panics, or the test fails.
+        let _ = unsafe { Span::from_raw(crooked, Dtype::F32, 0, Memory::Host) };
+    }
+}

@@ -8,10 +8,8 @@ use super::{Acc, Binary, Lane, Unary};
 pub(in crate::simd) struct Convert<C>(pub(in crate::simd) PhantomData<C>);
 /// The value times a factor.
 pub(in crate::simd) struct Scale<C>(pub(in crate::simd) C);
-/// The value within plus and minus `limit`.
-pub(in crate::simd) struct Clamp<A> {
-    pub(in crate::simd) limit: A,
-}
+/// The value within plus and minus this limit, which is not negative.
+pub(in crate::simd) struct Clamp<C>(pub(in crate::simd) C);
 /// The sum.
 pub(in crate::simd) struct Plus<C>(pub(in crate::simd) PhantomData<C>);
 /// The product.
@@ -35,13 +33,13 @@ impl<A: Lane, B: Lane, C: Acc> Unary<A, B> for Scale<C> {
     }
 }
 
-impl<A: Lane> Unary<A, A> for Clamp<A> {
+impl<A: Lane, C: Acc> Unary<A, A> for Clamp<C> {
     #[inline(always)]
     fn apply(&self, element: A) -> A {
-        let limit = self.limit.to_f64();
-        let value = element.to_f64();
+        let (limit, value) = (self.0, C::load(element));
         let below = if value > limit { limit } else { value };
-        A::from_f64(if below < -limit { -limit } else { below })
+        let within = if below < -limit { -limit } else { below };
+        within.store()
     }
 }
 
