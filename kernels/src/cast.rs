@@ -1,0 +1,95 @@
+//! Casts: elements of one dtype written as another, scaled or divided on the way.
+
+use crate::error::{KernelError, on_host, same_length};
+use crate::simd;
+use crate::span::{Span, SpanMut};
+
+/// into[i] = from[i], rounded once. Any float goes into any float; equal dtypes of any kind are copied byte for byte.
+pub fn cast(from: Span<'_>, into: SpanMut<'_>) -> Result<(), KernelError> {
+    check("cast", from, &into)?;
+    if from.dtype() == into.dtype() {
+        simd::copy(from, into);
+        return Ok(());
+    }
+    let refusal = KernelError::Cast {
+        from: from.dtype(),
+        into: into.dtype(),
+    };
+    with_float_pair!(
+        from.dtype(), into.dtype(),
+        |A, B, C| { simd::cast::<A, B, C>(from, into); Ok(()) },
+        else Err(refusal)
+    )
+}
+
+/// into[i] = from[i] * factor, with one multiplication in the accumulator type (f64 if either side is, else f32, to
+/// which the factor is rounded first) and one rounding. Integers go into their own dtype and wrap; their factor must be
+/// a whole number that the dtype holds.
+///
+/// ```
+/// use fabric_kernels::{Span, SpanMut, cast_scaled};
+/// let mut mean = [0.0f32; 2];
+/// cast_scaled(Span::of(&[3.0f64, 5.0]), SpanMut::of(&mut mean), 0.5)?;
+/// assert_eq!(mean, [1.5, 2.5]);
+/// # Ok::<(), fabric_kernels::KernelError>(())
+/// ```
+pub fn cast_scaled(from: Span<'_>, into: SpanMut<'_>, factor: f64) -> Result<(), KernelError> {
+    const OP: &str = "cast_scaled";
+    check(OP, from, &into)?;
+    let (source, target) = (from.dtype(), into.dtype());
+    if source.is_float() {
+        return with_float_pair!(
+            source, target,
+            |A, B, C| { simd::cast_scaled::<A, B, C>(from, into, factor); Ok(()) },
+            else Err(KernelError::Cast { from: source, into: target })
+        );
+    }
+    if source != target {
+        return Err(KernelError::Cast {
+            from: source,
+            into: target,
+        });
+    }
+    with_integer!(
+        source,
+        |T| match <T as simd::Int>::exactly(factor) {
+            Some(factor) => { simd::multiply::<T>(from, into, factor); Ok(()) }
+            None => Err(KernelError::Value { op: OP, dtype: source, value: factor }),
+        },
+        else Err(KernelError::Unsupported { op: OP, dtype: source })
+    )
+}
+
+/// into[i] = from[i] / by, truncated toward zero. Integers of one dtype only: floats are multiplied by a factor
+/// ([`cast_scaled`]), so that an average rounds once.
+pub fn divide(from: Span<'_>, into: SpanMut<'_>, by: u64) -> Result<(), KernelError> {
+    const OP: &str = "divide";
+    check(OP, from, &into)?;
+    let (source, target) = (from.dtype(), into.dtype());
+    if !source.is_integer() {
+        return Err(KernelError::Unsupported {
+            op: OP,
+            dtype: source,
+        });
+    }
+    if source != target {
+        return Err(KernelError::Cast {
+            from: source,
+            into: target,
+        });
+    }
+    if by == 0 {
+        return Err(KernelError::DivideByZero);
+    }
+    with_integer!(
+        source,
+        |T| { simd::divide::<T>(from, into, by); Ok(()) },
+        else Err(KernelError::Unsupported { op: OP, dtype: source })
+    )
+}
+
+/// What every verb with one source and one target asks of them.
+fn check(op: &'static str, from: Span<'_>, into: &SpanMut<'_>) -> Result<(), KernelError> {
+    on_host(op, [from.memory(), into.memory()])?;
+    same_length(op, into.len(), from.len())
+}

@@ -1,0 +1,116 @@
+//! Why a kernel refused: nothing has been written when one of these comes back.
+
+use crate::dtype::{Dtype, Memory};
+
+/// What was wrong with a call. Kernels check everything before they touch the first element.
+#[derive(thiserror::Error, Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum KernelError {
+    /// Two spans of one call differ in length.
+    #[error(
+        "{op}: the target has {into} elements and the source {from}; \
+         kernels pair element i with element i, so slice both to one length"
+    )]
+    Length {
+        /// The verb that was called.
+        op: &'static str,
+        /// Elements in the span that is written.
+        into: usize,
+        /// Elements in the other span.
+        from: usize,
+    },
+    /// No conversion is defined between these two.
+    #[error(
+        "no kernel takes {from} into {into}: floats go into floats, every other dtype only into itself; \
+         convert in the tensor library first"
+    )]
+    Cast {
+        /// Dtype of the source.
+        from: Dtype,
+        /// Dtype of the target.
+        into: Dtype,
+    },
+    /// This verb has no meaning for this dtype.
+    #[error(
+        "{op} is not defined for {dtype}; cast to a dtype that has it, or choose another operation"
+    )]
+    Unsupported {
+        /// The verb that was called.
+        op: &'static str,
+        /// The dtype it met.
+        dtype: Dtype,
+    },
+    /// The elements are not where this kernel can reach them.
+    #[error(
+        "{op}: the elements lie in {memory} memory and this kernel runs on the host; copy them to the host first"
+    )]
+    Device {
+        /// The verb that was called.
+        op: &'static str,
+        /// Where the elements lie.
+        memory: Memory,
+    },
+    /// A number that the target dtype cannot hold exactly, where exactness is asked for.
+    #[error(
+        "{op}: {value} is not a whole number that {dtype} can hold; pass one, or use a floating-point dtype"
+    )]
+    Value {
+        /// The verb that was called.
+        op: &'static str,
+        /// The dtype that should hold it.
+        dtype: Dtype,
+        /// The number.
+        value: f64,
+    },
+    /// Division by nothing.
+    #[error("divide: the divisor is 0; divide by the number of contributions, which is at least 1")]
+    DivideByZero,
+    /// A bound that is no bound.
+    #[error("clamp: the limit is {limit}; it must be zero or positive, and a number")]
+    Limit {
+        /// The limit that was passed.
+        limit: f64,
+    },
+    /// Optimizer state in a dtype other than the one its parameter asks for.
+    #[error(
+        "{op}: state for {param} parameters is kept in {wanted}, not in {state}; allocate the state as {wanted}"
+    )]
+    State {
+        /// The verb that was called.
+        op: &'static str,
+        /// Dtype of the parameter.
+        param: Dtype,
+        /// Dtype of the state as passed.
+        state: Dtype,
+        /// Dtype the state must have.
+        wanted: Dtype,
+    },
+    /// Hyperparameters that contradict each other or the spans.
+    #[error("{op}: {reason}")]
+    Step {
+        /// The verb that was called.
+        op: &'static str,
+        /// What is wrong and what to do.
+        reason: &'static str,
+    },
+}
+
+/// Refuses a pair of spans of different lengths.
+pub(crate) fn same_length(op: &'static str, into: usize, from: usize) -> Result<(), KernelError> {
+    if into == from {
+        Ok(())
+    } else {
+        Err(KernelError::Length { op, into, from })
+    }
+}
+
+/// Refuses the first memory that is not the host's.
+pub(crate) fn on_host<const N: usize>(
+    op: &'static str,
+    memories: [Memory; N],
+) -> Result<(), KernelError> {
+    match memories.into_iter().find(|memory| *memory != Memory::Host) {
+        None => Ok(()),
+        Some(memory) => Err(KernelError::Device { op, memory }),
+    }
+}

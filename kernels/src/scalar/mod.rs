@@ -1,0 +1,14 @@
+//! The oracle: what every kernel means, on single values, in safe code that is obviously right.
+//!
+//! Nothing here is quick. The kernels in `simd` are held to these functions bit for bit (any NaN equals any NaN).
+
+mod arithmetic;
+mod float;
+mod integer;
+mod optim;
+
+pub use arithmetic::{cast, cast_scaled, clamp, fold, sum_squares};
+pub use float::Float;
+pub use integer::{Integer, divide, fold_bool, fold_integer, multiply};
+pub(crate) use optim::power;
+pub use optim::{adamw, sgd};

@@ -1,0 +1,269 @@
+//! The kernels: portable loops over raw pointers, compiled once for each instruction set and chosen at run time.
+//!
+//! This is the only unsafe room of the crate. A kernel is a value with a [`Kernel::run`] that is always inlined;
+//! [`launch`] inlines it into a function that may use AVX-512 or AVX2, or into none. The compiler vectorises; there
+//! are no intrinsics, and as Rust never contracts a multiplication with an addition, all variants agree bit for bit.
+
+mod lane;
+mod loops;
+mod optim;
+mod raw;
+
+use std::marker::PhantomData;
+
+pub(crate) use lane::{Acc, Int, Lane};
+pub(crate) use optim::{adamw, sgd};
+#[cfg(test)]
+pub(crate) use raw::away;
+pub(crate) use raw::copy;
+
+use crate::dtype::{Bool, Element};
+use crate::fold::Fold;
+use crate::norm::SumSquares;
+use crate::span::{Span, SpanMut};
+use lane::{And, Clamp, Convert, Divide, Larger, Multiply, Or, Plus, Scale, Smaller, Times};
+use loops::{Combine, Fill, Map, MapInPlace, Norm};
+use raw::{Reader, Writer};
+
+pub(crate) fn cast<A: Lane, B: Lane, C: Acc>(from: Span<'_>, into: SpanMut<'_>) {
+    let each = Convert::<C>(PhantomData);
+    launch(Map {
+        from: Reader::<A>::of(from),
+        into: Writer::<B>::of(into),
+        each,
+    });
+}
+
+pub(crate) fn cast_scaled<A: Lane, B: Lane, C: Acc>(
+    from: Span<'_>,
+    into: SpanMut<'_>,
+    factor: f64,
+) {
+    let each = Scale(C::narrow(factor));
+    launch(Map {
+        from: Reader::<A>::of(from),
+        into: Writer::<B>::of(into),
+        each,
+    });
+}
+
+pub(crate) fn multiply<T: Int>(from: Span<'_>, into: SpanMut<'_>, factor: T) {
+    launch(Map {
+        from: Reader::<T>::of(from),
+        into: Writer::<T>::of(into),
+        each: Multiply(factor),
+    });
+}
+
+pub(crate) fn divide<T: Int>(from: Span<'_>, into: SpanMut<'_>, by: u64) {
+    launch(Map {
+        from: Reader::<T>::of(from),
+        into: Writer::<T>::of(into),
+        each: Divide::<T>::by(by),
+    });
+}
+
+pub(crate) fn fold_floats<B: Lane, A: Lane, C: Acc>(op: Fold, into: SpanMut<'_>, with: Span<'_>) {
+    let (into, with) = (Writer::<B>::of(into), Reader::<A>::of(with));
+    match op {
+        Fold::Sum => launch(Combine {
+            into,
+            with,
+            each: Plus::<C>(PhantomData),
+        }),
+        Fold::Prod => launch(Combine {
+            into,
+            with,
+            each: Times::<C>(PhantomData),
+        }),
+        Fold::Min => launch(Combine {
+            into,
+            with,
+            each: Smaller::<C>(PhantomData),
+        }),
+        Fold::Max => launch(Combine {
+            into,
+            with,
+            each: Larger::<C>(PhantomData),
+        }),
+    }
+}
+
+pub(crate) fn fold_integers<T: Int>(op: Fold, into: SpanMut<'_>, with: Span<'_>) {
+    let (into, with) = (Writer::<T>::of(into), Reader::<T>::of(with));
+    match op {
+        Fold::Sum => launch(Combine {
+            into,
+            with,
+            each: lane::IntPlus,
+        }),
+        Fold::Prod => launch(Combine {
+            into,
+            with,
+            each: lane::IntTimes,
+        }),
+        Fold::Min => launch(Combine {
+            into,
+            with,
+            each: lane::IntSmaller,
+        }),
+        Fold::Max => launch(Combine {
+            into,
+            with,
+            each: lane::IntLarger,
+        }),
+    }
+}
+
+/// Min is "and", max is "or"; the caller has refused the others.
+pub(crate) fn fold_bools(op: Fold, into: SpanMut<'_>, with: Span<'_>) {
+    let (into, with) = (Writer::<Bool>::of(into), Reader::<Bool>::of(with));
+    match op {
+        Fold::Min => launch(Combine {
+            into,
+            with,
+            each: And,
+        }),
+        Fold::Max => launch(Combine {
+            into,
+            with,
+            each: Or,
+        }),
+        Fold::Sum | Fold::Prod => unreachable!("bool has no {op}; the caller refuses it"),
+    }
+}
+
+pub(crate) fn sum_squares<A: Lane>(x: Span<'_>) -> SumSquares {
+    launch(Norm {
+        x: Reader::<A>::of(x),
+    })
+}
+
+pub(crate) fn fill<T: Element>(into: SpanMut<'_>, value: T) {
+    launch(Fill {
+        into: Writer::<T>::of(into),
+        value,
+    });
+}
+
+/// `limit` is not negative.
+pub(crate) fn clamp<A: Lane>(x: SpanMut<'_>, limit: A) {
+    launch(MapInPlace {
+        x: Writer::<A>::of(x),
+        each: Clamp(A::Own::load(limit)),
+    });
+}
+
+/// Work that gains from wide registers. `run`, and all it calls, must be `#[inline(always)]`: what is not inlined is
+/// compiled for the baseline, and slow, though right.
+trait Kernel {
+    type Out;
+    fn run(self) -> Self::Out;
+}
+
+/// An instruction set that kernels are compiled for, from poor to rich.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Isa {
+    Portable,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+}
+
+impl Isa {
+    /// The richest that this processor has. The standard library asks the processor once and remembers.
+    #[inline]
+    fn best() -> Isa {
+        #[cfg(target_arch = "x86_64")]
+        {
+            if Isa::Avx512.is_here() {
+                return Isa::Avx512;
+            }
+            if Isa::Avx2.is_here() {
+                return Isa::Avx2;
+            }
+        }
+        Isa::Portable
+    }
+
+    /// This processor has it.
+    #[inline]
+    pub(crate) fn is_here(self) -> bool {
+        match self {
+            Isa::Portable => true,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => {
+                Isa::Avx2.is_here()
+                    && is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("avx512dq")
+            }
+        }
+    }
+}
+
+/// Runs a kernel on the best instruction set of this processor.
+fn launch<K: Kernel>(kernel: K) -> K::Out {
+    match chosen() {
+        Isa::Portable => kernel.run(),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => {
+            // SAFETY: the processor has avx2 and fma: `chosen` returns only sets for which `is_here`. A breach is an
+            // illegal instruction in the first equality test.
+            unsafe { run_avx2(kernel) }
+        }
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => {
+            // SAFETY: the processor has all five features: `chosen` returns only sets for which `is_here`. A breach
+            // is an illegal instruction in the first equality test.
+            unsafe { run_avx512(kernel) }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn run_avx2<K: Kernel>(kernel: K) -> K::Out {
+    kernel.run()
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
+fn run_avx512<K: Kernel>(kernel: K) -> K::Out {
+    kernel.run()
+}
+
+#[cfg(not(test))]
+#[inline]
+fn chosen() -> Isa {
+    Isa::best()
+}
+
+#[cfg(test)]
+fn chosen() -> Isa {
+    FORCED.with(|forced| forced.get()).unwrap_or_else(Isa::best)
+}
+
+#[cfg(test)]
+thread_local! {
+    /// The instruction set that tests on this thread insist on.
+    static FORCED: std::cell::Cell<Option<Isa>> = const { std::cell::Cell::new(None) };
+}
+
+/// Runs `body` once for each instruction set of this processor.
+#[cfg(test)]
+pub(crate) fn on_every_isa(mut body: impl FnMut(Isa)) {
+    #[cfg(target_arch = "x86_64")]
+    let all = [Isa::Portable, Isa::Avx2, Isa::Avx512];
+    #[cfg(not(target_arch = "x86_64"))]
+    let all = [Isa::Portable];
+    for isa in all.into_iter().filter(|isa| isa.is_here()) {
+        FORCED.with(|forced| forced.set(Some(isa)));
+        body(isa);
+    }
+    FORCED.with(|forced| forced.set(None));
+}

@@ -1,0 +1,293 @@
+//! Goal: a wrong call is refused with a sentence that says what to do, and writes nothing. Method: one call a refusal.
+
+use half::bf16;
+
+use super::*;
+use crate::simd::away;
+use crate::{AdamWStep, Bool, Dtype, Fold, KernelError, Memory, SgdStep, Span, SpanMut};
+use crate::{adamw, cast, cast_scaled, clamp, divide, fill, fold, sgd, sum_squares};
+
+const SGD: SgdStep = SgdStep {
+    lr: 0.1,
+    momentum: 0.9,
+    dampening: 0.0,
+    weight_decay: 0.0,
+    nesterov: false,
+    maximize: false,
+    grad_scale: 1.0,
+    first: true,
+};
+
+const ADAMW: AdamWStep = AdamWStep {
+    lr: 0.1,
+    beta1: 0.9,
+    beta2: 0.999,
+    eps: 1e-8,
+    weight_decay: 0.0,
+    step: 1,
+    grad_scale: 1.0,
+};
+
+#[test]
+fn lengths_must_agree() {
+    let mut into = [0.0f32; 3];
+    let refused = KernelError::Length {
+        op: "cast",
+        into: 3,
+        from: 2,
+    };
+    assert_eq!(
+        cast(Span::of(&[1.0f32; 2]), SpanMut::of(&mut into)),
+        Err(refused.clone())
+    );
+    assert!(
+        refused
+            .to_string()
+            .contains("the target has 3 elements and the source 2")
+    );
+    let refused = KernelError::Length {
+        op: "fold",
+        into: 3,
+        from: 4,
+    };
+    assert_eq!(
+        fold(Fold::Sum, SpanMut::of(&mut into), Span::of(&[1.0f32; 4])),
+        Err(refused)
+    );
+    let mut state = [0.0f32; 2];
+    let found = sgd(
+        SpanMut::of(&mut into),
+        Span::of(&[1.0f32; 3]),
+        Some(SpanMut::of(&mut state)),
+        &SGD,
+    );
+    assert_eq!(
+        found,
+        Err(KernelError::Length {
+            op: "sgd",
+            into: 3,
+            from: 2
+        })
+    );
+    assert_eq!(into, [0.0; 3]);
+}
+
+#[test]
+fn device_memory_is_refused_on_the_host() {
+    let mut none = [0.0f32; 0];
+    let refused = |op| {
+        Err(KernelError::Device {
+            op,
+            memory: Memory::Cuda(1),
+        })
+    };
+    assert_eq!(
+        cast(away(Dtype::F32), SpanMut::of(&mut none)),
+        refused("cast")
+    );
+    assert_eq!(
+        fold(Fold::Min, SpanMut::of(&mut none), away(Dtype::F32)),
+        refused("fold")
+    );
+    assert_eq!(
+        sum_squares(away(Dtype::F32)).map(|_| ()),
+        refused("sum_squares")
+    );
+    assert_eq!(
+        sgd(SpanMut::of(&mut none), away(Dtype::F32), None, &SGD),
+        refused("sgd")
+    );
+    assert!(refused("cast").unwrap_err().to_string().contains("cuda:1"));
+}
+
+#[test]
+fn floats_and_integers_do_not_mix() {
+    let mut ints = [0i32; 2];
+    let mixed = KernelError::Cast {
+        from: Dtype::F32,
+        into: Dtype::I32,
+    };
+    let floats = [1.0f32; 2];
+    assert_eq!(
+        cast(Span::of(&floats), SpanMut::of(&mut ints)),
+        Err(mixed.clone())
+    );
+    assert_eq!(
+        cast_scaled(Span::of(&floats), SpanMut::of(&mut ints), 1.0),
+        Err(mixed.clone())
+    );
+    assert_eq!(
+        fold(Fold::Sum, SpanMut::of(&mut ints), Span::of(&floats)),
+        Err(mixed)
+    );
+    let mixed = KernelError::Cast {
+        from: Dtype::I64,
+        into: Dtype::I32,
+    };
+    assert_eq!(
+        divide(Span::of(&[1i64; 2]), SpanMut::of(&mut ints), 2),
+        Err(mixed.clone())
+    );
+    assert_eq!(
+        cast(Span::of(&[1i64; 2]), SpanMut::of(&mut ints)),
+        Err(mixed)
+    );
+    let mixed = KernelError::Cast {
+        from: Dtype::I64,
+        into: Dtype::F64,
+    };
+    assert_eq!(
+        cast(Span::of(&[1i64]), SpanMut::of(&mut [0.0f64])),
+        Err(mixed)
+    );
+}
+
+#[test]
+fn verbs_without_meaning_for_a_dtype_say_so() {
+    let mut flags = [Bool(1)];
+    let (mut floats, mut ints) = ([1.0f32], [1i32]);
+    let refused = |op, dtype| Err(KernelError::Unsupported { op, dtype });
+    let with = [Bool(1)];
+    assert_eq!(
+        fold(Fold::Sum, SpanMut::of(&mut flags), Span::of(&with)),
+        refused("sum", Dtype::Bool)
+    );
+    assert_eq!(
+        fold(Fold::Prod, SpanMut::of(&mut flags), Span::of(&with)),
+        refused("prod", Dtype::Bool)
+    );
+    assert_eq!(
+        cast_scaled(Span::of(&with), SpanMut::of(&mut flags), 1.0),
+        refused("cast_scaled", Dtype::Bool)
+    );
+    assert_eq!(
+        divide(Span::of(&[1.0f32]), SpanMut::of(&mut floats), 2),
+        refused("divide", Dtype::F32)
+    );
+    assert_eq!(
+        clamp(SpanMut::of(&mut ints), 1.0),
+        refused("clamp", Dtype::I32)
+    );
+    assert_eq!(
+        sum_squares(Span::of(&ints)).map(|_| ()),
+        refused("sum_squares", Dtype::I32)
+    );
+    let mut eights = [crate::F8E4M3(0)];
+    let plain = SgdStep {
+        momentum: 0.0,
+        ..SGD
+    };
+    assert_eq!(
+        sgd(SpanMut::of(&mut eights), Span::of(&[1.0f32]), None, &plain),
+        refused("sgd", Dtype::F8E4M3)
+    );
+    assert_eq!(
+        sgd(SpanMut::of(&mut floats), Span::of(&[1i32]), None, &plain),
+        refused("sgd", Dtype::I32)
+    );
+}
+
+#[test]
+fn numbers_that_do_not_fit_are_named() {
+    let mut ints = [0u8];
+    for value in [0.5, -1.0, 256.0, f64::NAN, f64::INFINITY, 1e300] {
+        let found = cast_scaled(Span::of(&[1u8]), SpanMut::of(&mut ints), value);
+        assert!(
+            matches!(
+                found,
+                Err(KernelError::Value {
+                    op: "cast_scaled",
+                    dtype: Dtype::U8,
+                    ..
+                })
+            ),
+            "{value}"
+        );
+        let found = fill(SpanMut::of(&mut ints), value);
+        assert!(
+            matches!(
+                found,
+                Err(KernelError::Value {
+                    op: "fill",
+                    dtype: Dtype::U8,
+                    ..
+                })
+            ),
+            "{value}"
+        );
+    }
+    // 2^63 is one too many for i64 and fits u64.
+    assert!(fill(SpanMut::of(&mut [0i64]), 2.0f64.powi(63)).is_err());
+    assert!(fill(SpanMut::of(&mut [0u64]), 2.0f64.powi(63)).is_ok());
+    assert!(fill(SpanMut::of(&mut [0u64]), 2.0f64.powi(64)).is_err());
+    assert_eq!(
+        divide(Span::of(&[1u8]), SpanMut::of(&mut ints), 0),
+        Err(KernelError::DivideByZero)
+    );
+    assert_eq!(
+        clamp(SpanMut::of(&mut [0.0f32]), -1.0),
+        Err(KernelError::Limit { limit: -1.0 })
+    );
+    assert!(clamp(SpanMut::of(&mut [0.0f32]), f64::NAN).is_err());
+}
+
+#[test]
+fn optimizers_refuse_wrong_state_and_contradictions() {
+    let mut param = [bf16::ONE];
+    let grad = [bf16::ONE];
+    let mut state = [bf16::ZERO];
+    let wrong = |op| {
+        Err(KernelError::State {
+            op,
+            param: Dtype::BF16,
+            state: Dtype::BF16,
+            wanted: Dtype::F32,
+        })
+    };
+    let found = sgd(
+        SpanMut::of(&mut param),
+        Span::of(&grad),
+        Some(SpanMut::of(&mut state)),
+        &SGD,
+    );
+    assert_eq!(found, wrong("sgd"));
+    let mut other = [0.0f32];
+    let (m, v) = (SpanMut::of(&mut other), SpanMut::of(&mut state));
+    assert_eq!(
+        adamw(SpanMut::of(&mut param), Span::of(&grad), m, v, &ADAMW),
+        wrong("adamw")
+    );
+
+    let missing = sgd(SpanMut::of(&mut param), Span::of(&grad), None, &SGD).unwrap_err();
+    assert!(missing.to_string().contains("no momentum buffer"));
+    let step = SgdStep {
+        nesterov: true,
+        dampening: 0.5,
+        ..SGD
+    };
+    let torn = sgd(
+        SpanMut::of(&mut param),
+        Span::of(&grad),
+        Some(SpanMut::of(&mut other)),
+        &step,
+    );
+    assert!(torn.unwrap_err().to_string().contains("nesterov"));
+    let (mut m, mut v) = ([0.0f32], [0.0f32]);
+    let zero = AdamWStep { step: 0, ..ADAMW };
+    let (m, v) = (SpanMut::of(&mut m), SpanMut::of(&mut v));
+    assert!(
+        adamw(SpanMut::of(&mut param), Span::of(&grad), m, v, &zero)
+            .unwrap_err()
+            .to_string()
+            .contains("from 1")
+    );
+    assert_eq!(param, [bf16::ONE]);
+}
+
+#[test]
+fn empty_spans_are_no_work() {
+    let mut none = [0.0f32; 0];
+    assert_eq!(cast(Span::of(&[0.0f64; 0]), SpanMut::of(&mut none)), Ok(()));
+    assert_eq!(fill(SpanMut::of(&mut none), 1.0), Ok(()));
+    assert!(sum_squares(Span::of(&floats::<f32>(0, 0))).unwrap().finite);
+}
