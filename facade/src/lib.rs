@@ -1,1 +1,7 @@
-//! Lightning Fabric for Rust.
+//! Lightning Fabric for Rust, over any tensor library: change five lines of a training loop and get N devices.
+#![forbid(unsafe_code)]
+
+pub mod error;
+
+pub use error::{Error, Result};
+pub use fabric_engine as engine;

@@ -1,0 +1,558 @@
+//! Memory as the engine meets it: [`Buffer`], all that a tensor must be able to do, and [`Slab`], memory that the
+//! engine owns and moves into a collective.
+//!
+//! [Note: slab ownership] A `Slab` is the only handle to its bytes: it is not `Clone`, `split_at` divides the range,
+//! and a collective takes it by value. Peers reach the bytes of an arena's slab only between the submission that takes
+//! it and the completion that gives it back, so that a slice handed out by a slab in the caller's hands is private.
+#![allow(unsafe_code)]
+
+use std::{
+    alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error},
+    any::Any,
+    ops::Range,
+    ptr::NonNull,
+    sync::Arc,
+};
+
+use fabric_kernels::{self as kernels, Dtype, Element, Memory, Span, SpanMut};
+
+use crate::error::{Error, Result};
+
+/// Slabs start at a multiple of this many bytes: two cache lines, because the prefetcher fetches pairs.
+pub const SLAB_ALIGN: usize = 128;
+
+/// All that a tensor must be able to do. An implementation either lends its memory ([`Buffer::span`]), which is enough,
+/// or copies on demand ([`Buffer::read`], [`Buffer::write`]).
+pub trait Buffer {
+    /// The type of one element.
+    fn dtype(&self) -> Dtype;
+
+    /// How many elements.
+    fn numel(&self) -> usize;
+
+    /// Where the elements are.
+    fn memory(&self) -> Memory {
+        Memory::Host
+    }
+
+    /// Copy elements `range` to `into` (same length), casting on the way.
+    ///
+    /// # Errors
+    /// When the range or the cast is impossible, or the library refuses.
+    fn read(&self, range: Range<usize>, into: SpanMut<'_>) -> Result<()> {
+        let span = self.span().ok_or_else(|| neither("read"))?;
+        within(&range, span.len())?;
+        kernels::cast(span.slice(range), into).map_err(Error::kernel(0, "read a buffer"))
+    }
+
+    /// Copy `from` to elements `range` (same length), casting on the way.
+    ///
+    /// # Errors
+    /// When the range or the cast is impossible, or the library refuses.
+    fn write(&mut self, range: Range<usize>, from: Span<'_>) -> Result<()> {
+        let mut span = self.span_mut().ok_or_else(|| neither("write"))?;
+        within(&range, span.len())?;
+        kernels::cast(from, span.slice(range)).map_err(Error::kernel(0, "write a buffer"))
+    }
+
+    /// The elements themselves, when they lie in one contiguous piece.
+    fn span(&self) -> Option<Span<'_>> {
+        None
+    }
+
+    /// The elements themselves, to change, when they lie in one contiguous piece.
+    fn span_mut(&mut self) -> Option<SpanMut<'_>> {
+        None
+    }
+}
+
+fn neither(verb: &str) -> Error {
+    Error::argument(
+        format!("this buffer neither lends its memory nor implements `{verb}`"),
+        "Implement Buffer::span and Buffer::span_mut, or Buffer::read and Buffer::write",
+    )
+}
+
+fn within(range: &Range<usize>, numel: usize) -> Result<()> {
+    if range.start <= range.end && range.end <= numel {
+        return Ok(());
+    }
+    Err(Error::argument(
+        format!(
+            "elements {}..{} are asked of a buffer of {numel}",
+            range.start, range.end
+        ),
+        "Ask for a range inside the buffer",
+    ))
+}
+
+impl<T: Element> Buffer for Vec<T> {
+    fn dtype(&self) -> Dtype {
+        T::DTYPE
+    }
+    fn numel(&self) -> usize {
+        self.len()
+    }
+    fn span(&self) -> Option<Span<'_>> {
+        Some(Span::of(self.as_slice()))
+    }
+    fn span_mut(&mut self) -> Option<SpanMut<'_>> {
+        Some(SpanMut::of(self.as_mut_slice()))
+    }
+}
+
+impl<T: Element> Buffer for &mut [T] {
+    fn dtype(&self) -> Dtype {
+        T::DTYPE
+    }
+    fn numel(&self) -> usize {
+        self.len()
+    }
+    fn span(&self) -> Option<Span<'_>> {
+        Some(Span::of(self))
+    }
+    fn span_mut(&mut self) -> Option<SpanMut<'_>> {
+        Some(SpanMut::of(self))
+    }
+}
+
+/// Memory of one dtype that the engine owns: `numel` elements in one piece, aligned to [`SLAB_ALIGN`] when fresh.
+pub struct Slab {
+    block: Arc<Block>,
+    offset: usize, // bytes from the block's base
+    dtype: Dtype,
+    numel: usize,
+}
+
+/// The memory that one or several slabs divide among themselves.
+struct Block {
+    base: NonNull<u8>,
+    bytes: usize,
+    home: Home,
+}
+
+enum Home {
+    Heap(Layout),
+    /// Memory of somebody else (an arena); the guard gives it back when dropped.
+    Guarded {
+        _guard: Box<dyn Any + Send + Sync>,
+    },
+}
+
+// SAFETY: the block is plain memory without thread affinity; see [Note: slab ownership]: every byte belongs to exactly
+// one slab, so that sharing the block shares no byte. Test: `halves_of_a_slab_are_written_from_two_threads`.
+unsafe impl Send for Block {}
+// SAFETY: as for Send: `Block` itself offers no access to the bytes, only slabs do, each to its own.
+unsafe impl Sync for Block {}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        if let Home::Heap(layout) = self.home
+            && layout.size() > 0
+        {
+            // SAFETY: `base` came from `alloc_zeroed` with this very layout, in `Slab::zeroed`, and nobody else
+            // frees it. Test: every test under a leak or address checker.
+            unsafe { dealloc(self.base.as_ptr(), layout) };
+        }
+    }
+}
+
+impl Slab {
+    /// `numel` zeros of `dtype` on the heap.
+    pub fn zeroed(dtype: Dtype, numel: usize) -> Self {
+        let bytes = numel
+            .checked_mul(dtype.size())
+            .expect("a slab of more bytes than the address space");
+        let layout = Layout::from_size_align(bytes, SLAB_ALIGN)
+            .expect("a slab of more bytes than isize holds");
+        let base = if bytes == 0 {
+            // SAFETY: SLAB_ALIGN is not zero; the pointer is aligned, dangling and never dereferenced, as no byte is ours.
+            unsafe { NonNull::new_unchecked(std::ptr::without_provenance_mut::<u8>(SLAB_ALIGN)) }
+        } else {
+            // SAFETY: the layout's size is not zero, checked on the line above.
+            let raw = unsafe { alloc_zeroed(layout) };
+            NonNull::new(raw).unwrap_or_else(|| handle_alloc_error(layout))
+        };
+        let block = Block {
+            base,
+            bytes,
+            home: Home::Heap(layout),
+        };
+        Self {
+            block: Arc::new(block),
+            offset: 0,
+            dtype,
+            numel,
+        }
+    }
+
+    /// A copy of `values`.
+    pub fn from_slice<T: Element>(values: &[T]) -> Self {
+        let mut slab = Self::zeroed(T::DTYPE, values.len());
+        slab.as_mut_slice::<T>().copy_from_slice(values);
+        slab
+    }
+
+    /// Memory of an arena; `guard` is dropped when the last part of the slab is.
+    ///
+    /// # Safety
+    /// `base` is aligned to [`SLAB_ALIGN`], valid for `numel` elements for as long as `guard` lives, initialised, and
+    /// given to no other slab meanwhile.
+    pub unsafe fn guarded(
+        base: NonNull<u8>,
+        dtype: Dtype,
+        numel: usize,
+        guard: Box<dyn Any + Send + Sync>,
+    ) -> Self {
+        assert_eq!(
+            base.as_ptr().addr() % SLAB_ALIGN,
+            0,
+            "arenas hand out aligned memory"
+        );
+        let block = Block {
+            base,
+            bytes: numel * dtype.size(),
+            home: Home::Guarded { _guard: guard },
+        };
+        Self {
+            block: Arc::new(block),
+            offset: 0,
+            dtype,
+            numel,
+        }
+    }
+
+    /// The type of one element.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// How many elements.
+    pub fn numel(&self) -> usize {
+        self.numel
+    }
+
+    /// How many bytes.
+    pub fn bytes(&self) -> usize {
+        self.numel * self.dtype.size()
+    }
+
+    /// The address of the first byte, as a number: what tells an arena which of its pieces this is.
+    pub fn address(&self) -> usize {
+        self.block.base.as_ptr().addr() + self.offset
+    }
+
+    /// The same bytes as elements of another type.
+    ///
+    /// # Panics
+    /// When the bytes are no whole number of such elements, or the start is not aligned for them.
+    pub fn recast(self, dtype: Dtype) -> Self {
+        let bytes = self.bytes();
+        assert_eq!(
+            bytes % dtype.size(),
+            0,
+            "{bytes} bytes are no whole number of {dtype}"
+        );
+        assert_eq!(
+            self.address() % dtype.size(),
+            0,
+            "the slab does not start at a multiple of {dtype}"
+        );
+        Self {
+            block: self.block,
+            offset: self.offset,
+            dtype,
+            numel: bytes / dtype.size(),
+        }
+    }
+
+    /// Two owned parts: elements `0..at` and the rest. They may be used on different threads and rejoined.
+    ///
+    /// # Panics
+    /// When `at` is beyond the end.
+    pub fn split_at(self, at: usize) -> (Self, Self) {
+        assert!(
+            at <= self.numel,
+            "split at {at} of a slab of {}",
+            self.numel
+        );
+        let right = Self {
+            block: self.block.clone(),
+            offset: self.offset + at * self.dtype.size(),
+            dtype: self.dtype,
+            numel: self.numel - at,
+        };
+        (Self { numel: at, ..self }, right)
+    }
+
+    /// Undo [`Slab::split_at`]; gives the parts back when they are not neighbours in this order.
+    ///
+    /// # Errors
+    /// The two parts, unchanged.
+    pub fn join(left: Self, right: Self) -> Result<Self, (Self, Self)> {
+        let neighbours = Arc::ptr_eq(&left.block, &right.block)
+            && left.dtype == right.dtype
+            && left.offset + left.bytes() == right.offset;
+        if neighbours {
+            Ok(Self {
+                numel: left.numel + right.numel,
+                ..left
+            })
+        } else {
+            Err((left, right))
+        }
+    }
+
+    /// The elements.
+    ///
+    /// # Panics
+    /// When `T` is not the slab's dtype.
+    pub fn as_slice<T: Element>(&self) -> &[T] {
+        assert_eq!(T::DTYPE, self.dtype, "a slab of another dtype");
+        bytemuck::cast_slice(self.as_bytes())
+    }
+
+    /// The elements, to change.
+    ///
+    /// # Panics
+    /// When `T` is not the slab's dtype.
+    pub fn as_mut_slice<T: Element>(&mut self) -> &mut [T] {
+        assert_eq!(T::DTYPE, self.dtype, "a slab of another dtype");
+        bytemuck::cast_slice_mut(self.as_bytes_mut())
+    }
+
+    /// The raw bytes.
+    pub fn as_bytes(&self) -> &[u8] {
+        // SAFETY: `pointer()..+bytes()` lies inside the block (kept by the constructors and `split_at`), is initialised
+        // (zeroed or guaranteed by the arena) and belongs to this slab alone: [Note: slab ownership].
+        unsafe { std::slice::from_raw_parts(self.pointer(), self.bytes()) }
+    }
+
+    /// The raw bytes, to change.
+    pub fn as_bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in `as_bytes`, and `&mut self` makes the borrow unique.
+        unsafe { std::slice::from_raw_parts_mut(self.pointer(), self.bytes()) }
+    }
+
+    /// Elements `range`, for the kernels.
+    ///
+    /// # Panics
+    /// When the range is beyond the end.
+    pub fn part(&self, range: Range<usize>) -> Span<'_> {
+        self.whole().slice(range)
+    }
+
+    /// Elements `range`, for the kernels to change.
+    ///
+    /// # Panics
+    /// When the range is beyond the end.
+    pub fn part_mut(&mut self, range: Range<usize>) -> SpanMut<'_> {
+        assert!(
+            range.start <= range.end && range.end <= self.numel,
+            "elements {range:?} of a slab of {}",
+            self.numel
+        );
+        // SAFETY: the range was checked; validity and uniqueness as in `as_bytes_mut`; every dtype's size divides
+        // SLAB_ALIGN and offsets are whole elements (`recast` checks), so the pointer is aligned.
+        unsafe { self.raw_mut(range) }
+    }
+
+    fn whole(&self) -> Span<'_> {
+        // SAFETY: validity as in `as_bytes`; alignment as in `part_mut`.
+        unsafe { Span::from_raw(self.pointer(), self.dtype, self.numel, Memory::Host) }
+    }
+
+    /// # Safety
+    /// `range` lies within the slab, and no other borrow of those elements lives as long as the result.
+    unsafe fn raw_mut<'a>(&self, range: Range<usize>) -> SpanMut<'a> {
+        let start = self.pointer().wrapping_add(range.start * self.dtype.size());
+        // SAFETY: the caller promises bounds and uniqueness; alignment as in `part_mut`.
+        unsafe { SpanMut::from_raw(start, self.dtype, range.len(), Memory::Host) }
+    }
+
+    fn pointer(&self) -> *mut u8 {
+        debug_assert!(self.offset + self.bytes() <= self.block.bytes);
+        self.block.base.as_ptr().wrapping_add(self.offset)
+    }
+}
+
+impl Buffer for Slab {
+    fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+    fn numel(&self) -> usize {
+        self.numel
+    }
+    fn span(&self) -> Option<Span<'_>> {
+        Some(self.whole())
+    }
+    fn span_mut(&mut self) -> Option<SpanMut<'_>> {
+        let all = 0..self.numel;
+        Some(self.part_mut(all))
+    }
+}
+
+impl std::fmt::Debug for Slab {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Slab({} x {})", self.numel, self.dtype)
+    }
+}
+
+/// Elements `range` of slab number `slab`, in a slice of slabs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// Which slab.
+    pub slab: usize,
+    /// Which elements.
+    pub range: Range<usize>,
+}
+
+/// Borrow many pieces of several slabs at once: some to read, some to change.
+///
+/// # Panics
+/// When a piece to change overlaps another piece, or lies outside its slab: a schedule that does so is wrong, and the
+/// checker refuses it.
+pub fn carve<'a>(
+    slabs: &'a mut [Slab],
+    reads: &[Piece],
+    writes: &[Piece],
+) -> (Vec<Span<'a>>, Vec<SpanMut<'a>>) {
+    for piece in reads.iter().chain(writes) {
+        let numel = slabs[piece.slab].numel;
+        assert!(
+            piece.range.start <= piece.range.end && piece.range.end <= numel,
+            "{piece:?} of a slab of {numel}"
+        );
+    }
+    for (index, write) in writes.iter().enumerate() {
+        let overlaps = |other: &Piece| {
+            other.slab == write.slab
+                && other.range.start.max(write.range.start) < other.range.end.min(write.range.end)
+        };
+        assert!(
+            !writes[..index].iter().any(overlaps),
+            "{write:?} is written twice at once"
+        );
+        assert!(
+            !reads.iter().any(overlaps),
+            "{write:?} is read while it is written"
+        );
+    }
+    let spans = reads
+        .iter()
+        .map(|piece| {
+            let slab = &slabs[piece.slab];
+            let start = slab
+                .pointer()
+                .wrapping_add(piece.range.start * slab.dtype.size());
+            // SAFETY: bounds were checked above; no piece to change overlaps it, and `&'a mut [Slab]` keeps everybody
+            // else away; slabs never share bytes: [Note: slab ownership]. Test: `carve_refuses_overlap`.
+            unsafe { Span::from_raw(start, slab.dtype, piece.range.len(), Memory::Host) }
+        })
+        .collect();
+    let span_muts = writes
+        .iter()
+        // SAFETY: bounds and absence of overlap were checked above; uniqueness as for the pieces to read.
+        .map(|piece| unsafe { slabs[piece.slab].raw_mut(piece.range.clone()) })
+        .collect();
+    (spans, span_muts)
+}
+
+/// The bytes behind a span on the host, for a socket.
+pub(crate) fn span_bytes(span: Span<'_>) -> &[u8] {
+    // SAFETY: spans made by `carve` or a slab are valid, initialised, private memory for their lifetime: they never
+    // name a peer's arena, whose bytes only `wire::shm` touches.
+    unsafe { std::slice::from_raw_parts(span.as_ptr(), span.bytes()) }
+}
+
+/// The bytes behind a span to change on the host, for a socket.
+pub(crate) fn span_bytes_mut(mut span: SpanMut<'_>) -> &mut [u8] {
+    let (start, bytes) = (span.as_mut_ptr(), span.bytes());
+    // SAFETY: as in `span_bytes`, and the span was consumed, so that the borrow is unique for its lifetime.
+    unsafe { std::slice::from_raw_parts_mut(start, bytes) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slab_splits_and_rejoins_in_order_only() {
+        let (left, right) = Slab::from_slice(&[1.0f32, 2.0, 3.0]).split_at(1);
+        assert_eq!(
+            (left.as_slice::<f32>(), right.as_slice::<f32>()),
+            (&[1.0][..], &[2.0, 3.0][..])
+        );
+        let (right, left) = Slab::join(right, left).unwrap_err();
+        assert_eq!(
+            Slab::join(left, right).unwrap().as_slice::<f32>(),
+            &[1.0, 2.0, 3.0]
+        );
+    }
+
+    #[test]
+    fn halves_of_a_slab_are_written_from_two_threads() {
+        let (mut left, mut right) = Slab::zeroed(Dtype::U32, 1000).split_at(500);
+        std::thread::scope(|scope| {
+            scope.spawn(|| left.as_mut_slice::<u32>().fill(1));
+            scope.spawn(|| right.as_mut_slice::<u32>().fill(2));
+        });
+        let whole = Slab::join(left, right).unwrap();
+        assert_eq!(whole.as_slice::<u32>().iter().sum::<u32>(), 1500);
+    }
+
+    #[test]
+    fn carve_lends_disjoint_pieces() {
+        let mut slabs = [Slab::from_slice(&[1u8, 2, 3, 4]), Slab::from_slice(&[9u8])];
+        let piece = |slab, range| Piece { slab, range };
+        let (reads, writes) = carve(
+            &mut slabs,
+            &[piece(0, 0..1), piece(1, 0..1)],
+            &[piece(0, 1..3)],
+        );
+        assert_eq!(
+            (span_bytes(reads[0]), span_bytes(reads[1])),
+            (&[1u8][..], &[9u8][..])
+        );
+        span_bytes_mut(writes.into_iter().next().unwrap()).fill(7);
+        assert_eq!(slabs[0].as_slice::<u8>(), &[1, 7, 7, 4]);
+    }
+
+    #[test]
+    #[should_panic(expected = "read while it is written")]
+    fn carve_refuses_overlap() {
+        let mut slabs = [Slab::zeroed(Dtype::U8, 4)];
+        carve(
+            &mut slabs,
+            &[Piece {
+                slab: 0,
+                range: 0..2,
+            }],
+            &[Piece {
+                slab: 0,
+                range: 1..3,
+            }],
+        );
+    }
+
+    #[test]
+    fn an_empty_slab_is_fine() {
+        let slab = Slab::zeroed(Dtype::F64, 0);
+        assert_eq!(slab.as_slice::<f64>(), &[] as &[f64]);
+    }
+
+    #[test]
+    fn reading_casts_and_refuses_a_range_outside() {
+        let values = vec![1.5f32, 2.5];
+        let mut into = vec![0f64; 1];
+        values.read(1..2, SpanMut::of(&mut into)).unwrap();
+        assert_eq!(into, [2.5]);
+        assert!(
+            values
+                .read(1..3, SpanMut::of(&mut into))
+                .unwrap_err()
+                .to_string()
+                .contains("buffer of 2")
+        );
+    }
+}

@@ -1,0 +1,65 @@
+//! Who holds which piece of a model, and when it moves. A strategy is a row of placements ([`placement::Row`]); a
+//! [`plan::Plan`] is that row applied to a model's parameters; a [`sequencer::Sequencer`] runs it. This room knows a
+//! `Communicator`, never a wire.
+
+pub mod bucket;
+pub mod layout;
+pub mod placement;
+pub mod plan;
+pub mod replicate;
+pub mod sequencer;
+
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use crate::comm::Communicator;
+
+/// A parameter's position in the model's registration order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ParamId(pub usize);
+
+/// What the engine knows of one parameter.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ParamMeta {
+    /// Its name, unique in the model: "blocks.0.attn.q.weight".
+    pub name: String,
+    /// Its shape, row-major.
+    pub shape: Vec<usize>,
+    /// The type of its elements.
+    pub dtype: fabric_kernels::Dtype,
+    /// Whether it gets gradients.
+    pub trainable: bool,
+}
+
+impl ParamMeta {
+    /// A trainable parameter.
+    pub fn new(name: impl Into<String>, shape: &[usize], dtype: fabric_kernels::Dtype) -> Self {
+        Self {
+            name: name.into(),
+            shape: shape.to_vec(),
+            dtype,
+            trainable: true,
+        }
+    }
+
+    /// How many elements.
+    pub fn numel(&self) -> usize {
+        self.shape.iter().product()
+    }
+}
+
+/// A communicator that several models and the user's own calls share.
+#[derive(Clone)]
+pub struct SharedComm(Arc<Mutex<Box<dyn Communicator>>>);
+
+impl SharedComm {
+    /// Share `comm`.
+    pub fn new(comm: Box<dyn Communicator>) -> Self {
+        Self(Arc::new(Mutex::new(comm)))
+    }
+
+    /// The communicator, until the guard is dropped.
+    pub fn lock(&self) -> MutexGuard<'_, Box<dyn Communicator>> {
+        // A panic elsewhere leaves the communicator itself intact: it keeps its own first error.
+        self.0.lock().unwrap_or_else(|held| held.into_inner())
+    }
+}

@@ -1,0 +1,314 @@
+//! What happens to gradients, in order: they become ready, buckets fill and leave in plan order while backward goes on,
+//! and at the end everything is waited for and the ranks compare which parameters were used.
+
+use fabric_kernels::{Dtype, Span, SpanMut};
+
+use super::{ParamId, SharedComm, bucket::Bucket, plan::Plan};
+use crate::{
+    buffer::Buffer,
+    comm::{
+        Data, ReduceOp, Work,
+        trace::{Event, Trace},
+    },
+    error::{Error, Result},
+};
+
+/// May the library drop its copy of a gradient that was handed over?
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keep {
+    /// Yes: the engine holds it.
+    Drop,
+    /// No: the engine did not take it (a frozen parameter).
+    Keep,
+}
+
+/// Which parameters got no gradient, after a synchronised backward.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Unused {
+    /// On no rank: they have no gradient.
+    pub everywhere: Vec<ParamId>,
+    /// On some ranks only, this one or others: there they counted as zero.
+    pub somewhere: Vec<ParamId>,
+}
+
+/// Runs a plan, step after step.
+pub struct Sequencer {
+    plan: Plan,
+    comm: SharedComm,
+    rank: usize,
+    world: usize,
+    buckets: Vec<Bucket>,
+    phase: Phase,
+    touched: bool,
+    failed: Option<Error>,
+    trace: Trace,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Idle,
+    Backward { sync: bool, launched: usize },
+}
+
+impl Sequencer {
+    /// A sequencer for `plan` over `comm`. The ranks' plans must agree (see [`super::replicate::agree`]).
+    ///
+    /// # Errors
+    /// When there is no memory for the gradients.
+    pub fn new(plan: Plan, comm: SharedComm) -> Result<Self> {
+        let guard = comm.lock();
+        let buckets = plan
+            .buckets()
+            .iter()
+            .map(|bucket| {
+                Ok(Bucket::new(
+                    bucket.clone(),
+                    guard.alloc(bucket.dtype, bucket.layout.numel())?,
+                ))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let (rank, world, trace) = (guard.rank(), guard.size(), guard.trace());
+        drop(guard);
+        Ok(Self {
+            plan,
+            comm,
+            rank,
+            world,
+            buckets,
+            phase: Phase::Idle,
+            touched: false,
+            failed: None,
+            trace,
+        })
+    }
+
+    /// The plan.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// A backward begins; `sync`: it is the last micro-batch, its end makes the gradients whole.
+    ///
+    /// # Errors
+    /// When one is under way already, or an earlier one failed.
+    pub fn begin(&mut self, sync: bool) -> Result<()> {
+        self.check()?;
+        if self.phase != Phase::Idle {
+            return Err(self.error(
+                "backward was called inside backward",
+                "Call fabric.backward once for each loss",
+            ));
+        }
+        self.buckets.iter_mut().for_each(Bucket::begin);
+        self.touched = false;
+        self.phase = Phase::Backward {
+            sync: sync && self.plan.reduction().is_some(),
+            launched: 0,
+        };
+        self.trace.note(Event::Backward { sync });
+        Ok(())
+    }
+
+    /// The gradient of `param` is ready. Called from the library's own backward, or afterwards, last parameter first.
+    ///
+    /// # Errors
+    /// Outside a backward, for an unknown parameter, a second time in one backward, with the wrong number of elements,
+    /// or when a reduction failed. The error is also kept, for [`Sequencer::finish`].
+    pub fn ready(&mut self, param: ParamId, grad: &dyn Buffer) -> Result<Keep> {
+        let result = self.take(param, grad);
+        if let (Err(error), None) = (&result, &self.failed) {
+            self.failed = Some(error.clone());
+        }
+        result
+    }
+
+    fn take(&mut self, param: ParamId, grad: &dyn Buffer) -> Result<Keep> {
+        self.check()?;
+        let Some(meta) = self.plan.params().get(param.0) else {
+            return Err(self.error(
+                &format!(
+                    "a gradient for parameter {} of {}",
+                    param.0,
+                    self.plan.params().len()
+                ),
+                "",
+            ));
+        };
+        let (name, numel) = (meta.name.clone(), meta.numel());
+        let Phase::Backward { sync, .. } = self.phase else {
+            return Err(self.error(
+                &format!("the gradient of '{name}' became ready outside fabric.backward"),
+                "Call fabric.backward(loss) instead of the library's own backward",
+            ));
+        };
+        let Some((bucket, entry)) = self.plan.place(param) else {
+            return Ok(Keep::Keep);
+        };
+        if self.buckets[bucket].has(entry) {
+            return Err(self.error(
+                &format!("the gradient of '{name}' became ready twice in one backward"),
+                "Hook each parameter once (a tied weight has one hook, shared by all its uses), and call \
+                 fabric.backward once for each loss",
+            ));
+        }
+        if grad.numel() != numel {
+            return Err(self.error(
+                &format!(
+                    "the gradient of '{name}' has {} elements, the parameter {numel}",
+                    grad.numel()
+                ),
+                "Hand over the whole gradient of the parameter",
+            ));
+        }
+        self.trace.note(Event::Ready { param: param.0 });
+        self.touched = true;
+        self.buckets[bucket].take(self.rank, entry, grad)?;
+        if sync {
+            self.launch_full()?;
+        }
+        Ok(Keep::Drop)
+    }
+
+    /// Launch every full bucket whose predecessors are all launched: the order of the plan, whatever the order of
+    /// readiness, because all ranks must submit alike.
+    fn launch_full(&mut self) -> Result<()> {
+        while let Phase::Backward {
+            sync: true,
+            launched,
+        } = self.phase
+        {
+            if self
+                .buckets
+                .get(launched)
+                .is_none_or(|bucket| !bucket.is_full())
+            {
+                break;
+            }
+            self.launch(launched)?;
+        }
+        Ok(())
+    }
+
+    fn launch(&mut self, index: usize) -> Result<()> {
+        let Some(op) = self.plan.reduction() else {
+            return Ok(());
+        };
+        let call = self.plan.bucket_call(index, op);
+        self.buckets[index].fill_gaps(self.rank)?;
+        let mut comm = self.comm.lock();
+        self.buckets[index].launch(self.rank, |slab| comm.submit(call, Data::InPlace(slab)))?;
+        self.phase = Phase::Backward {
+            sync: true,
+            launched: index + 1,
+        };
+        Ok(())
+    }
+
+    /// Whether a gradient became ready since [`Sequencer::begin`].
+    pub fn is_touched(&self) -> bool {
+        self.touched
+    }
+
+    /// The backward is over: launch what is left, wait for everything, compare which parameters were used.
+    ///
+    /// # Errors
+    /// The first error of a hook, or of a reduction.
+    pub fn finish(&mut self) -> Result<Option<Unused>> {
+        let result = match self.failed.take() {
+            Some(error) => Err(error),
+            None => self.complete(),
+        };
+        self.phase = Phase::Idle;
+        if let Err(error) = &result {
+            self.failed = Some(error.clone());
+        }
+        result
+    }
+
+    fn complete(&mut self) -> Result<Option<Unused>> {
+        let Phase::Backward { sync, launched } = self.phase else {
+            return Err(self.error("the end of a backward that never began", "Call begin first"));
+        };
+        if !sync {
+            return Ok(None);
+        }
+        for index in launched..self.buckets.len() {
+            self.launch(index)?;
+        }
+        self.buckets.iter_mut().try_for_each(Bucket::land)?;
+        self.compare_use().map(Some)
+    }
+
+    /// The control word: how many ranks hold a gradient for each parameter.
+    fn compare_use(&mut self) -> Result<Unused> {
+        let mut comm = self.comm.lock();
+        let mut word = comm.alloc(Dtype::I32, self.plan.params().len())?;
+        for (param, used) in word.as_mut_slice::<i32>().iter_mut().enumerate() {
+            let place = self.plan.place(ParamId(param));
+            *used = place
+                .is_some_and(|(bucket, entry)| self.buckets[bucket].is_filled(entry))
+                .into();
+        }
+        let word = comm
+            .submit(self.plan.control_call(), Data::InPlace(word))
+            .and_then(Work::wait)?
+            .into_output();
+        drop(comm);
+        let mut unused = Unused::default();
+        for (param, used) in word.as_slice::<i32>().iter().enumerate() {
+            let Some((bucket, entry)) = self.plan.place(ParamId(param)) else {
+                continue;
+            };
+            self.buckets[bucket].set_filled(entry, *used > 0);
+            if *used == 0 {
+                unused.everywhere.push(ParamId(param));
+            } else if (*used as usize) < self.world {
+                unused.somewhere.push(ParamId(param));
+            }
+        }
+        Ok(unused)
+    }
+
+    /// Parameters without a gradient on this rank: what a strategy without reductions can say by itself.
+    pub fn unfilled(&self) -> Vec<ParamId> {
+        let places = (0..self.plan.params().len())
+            .map(|param| (ParamId(param), self.plan.place(ParamId(param))));
+        let empty = |place: Option<(usize, usize)>| {
+            place.is_some_and(|(bucket, entry)| !self.buckets[bucket].is_filled(entry))
+        };
+        places
+            .filter(|(_, place)| empty(*place))
+            .map(|(param, _)| param)
+            .collect()
+    }
+
+    /// The gradient of `param`, in the reduce dtype; `None` when it has none.
+    pub fn grad(&self, param: ParamId) -> Option<Span<'_>> {
+        let (bucket, entry) = self.plan.place(param)?;
+        self.buckets[bucket].grad(entry)
+    }
+
+    /// The gradient of `param`, to change (to clip it, say); `None` when it has none.
+    pub fn grad_mut(&mut self, param: ParamId) -> Option<SpanMut<'_>> {
+        let (bucket, entry) = self.plan.place(param)?;
+        self.buckets[bucket].grad_mut(entry)
+    }
+
+    /// Forget all gradients.
+    pub fn zero_grad(&mut self) {
+        self.buckets.iter_mut().for_each(Bucket::clear);
+    }
+
+    /// The reduction that a synchronised backward applies, if any.
+    pub fn reduction(&self) -> Option<ReduceOp> {
+        self.plan.reduction()
+    }
+
+    fn check(&self) -> Result<()> {
+        self.failed.clone().map_or(Ok(()), Err)
+    }
+
+    fn error(&self, what: &str, hint: &str) -> Error {
+        Error::model(self.rank, what, hint)
+    }
+}
