@@ -4,7 +4,7 @@ use crate::error::{KernelError, on_host, same_length};
 use crate::simd;
 use crate::span::{Span, SpanMut};
 
-/// into[i] = from[i], rounded once. Any float goes into any float; equal dtypes of any kind are copied byte for byte.
+/// `into[i] = from[i]`, rounded once. Any float goes into any float; equal dtypes of any kind are copied byte for byte.
 pub fn cast(from: Span<'_>, into: SpanMut<'_>) -> Result<(), KernelError> {
     check("cast", from, &into)?;
     if from.dtype() == into.dtype() {
@@ -22,7 +22,7 @@ pub fn cast(from: Span<'_>, into: SpanMut<'_>) -> Result<(), KernelError> {
     )
 }
 
-/// into[i] = from[i] * factor, with one multiplication in the accumulator type (f64 if either side is, else f32, to
+/// `into[i] = from[i] * factor`, with one multiplication in the accumulator type (f64 if either side is, else f32, to
 /// which the factor is rounded first) and one rounding. Integers go into their own dtype and wrap; their factor must be
 /// a whole number that the dtype holds.
 ///
@@ -60,7 +60,7 @@ pub fn cast_scaled(from: Span<'_>, into: SpanMut<'_>, factor: f64) -> Result<(),
     )
 }
 
-/// into[i] = from[i] / by, truncated toward zero. Integers of one dtype only: floats are multiplied by a factor
+/// `into[i] = from[i] / by`, truncated toward zero. Integers of one dtype only: floats are multiplied by a factor
 /// ([`cast_scaled`]), so that an average rounds once.
 pub fn divide(from: Span<'_>, into: SpanMut<'_>, by: u64) -> Result<(), KernelError> {
     const OP: &str = "divide";

@@ -5,7 +5,7 @@ use crate::error::{KernelError, on_host};
 use crate::simd;
 use crate::span::SpanMut;
 
-/// into[i] = value, rounded once into a float dtype. An integer dtype must hold the value exactly; bool is true for any
+/// `into[i] = value`, rounded once into a float dtype. An integer dtype must hold the value exactly; bool is true for any
 /// value but zero.
 pub fn fill(into: SpanMut<'_>, value: f64) -> Result<(), KernelError> {
     const OP: &str = "fill";
@@ -29,7 +29,7 @@ pub fn fill(into: SpanMut<'_>, value: f64) -> Result<(), KernelError> {
     )
 }
 
-/// x[i] taken into [-limit, limit]; NaN stays. Floats only. The limit is rounded to the dtype first, so that a bound is
+/// `x[i]` taken into `[-limit, limit]`; NaN stays. Floats only. The limit is rounded to the dtype first, so that a bound is
 /// a number of the dtype; an infinite limit bounds nothing.
 pub fn clamp(x: SpanMut<'_>, limit: f64) -> Result<(), KernelError> {
     const OP: &str = "clamp";

@@ -38,7 +38,7 @@ impl fmt::Display for Fold {
     }
 }
 
-/// into[i] = into[i] op with[i]. Two floats of any dtypes meet in f64 if either is f64, else in f32, and the result is
+/// `into[i] = into[i] op with[i]`. Two floats of any dtypes meet in f64 if either is f64, else in f32, and the result is
 /// rounded once. Integers and bool meet their own dtype only.
 pub fn fold(op: Fold, into: SpanMut<'_>, with: Span<'_>) -> Result<(), KernelError> {
     on_host("fold", [into.memory(), with.memory()])?;

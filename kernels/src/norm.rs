@@ -13,7 +13,7 @@ pub struct SumSquares {
     pub finite: bool,
 }
 
-/// The sum of x[i]^2, in f64. Floats only.
+/// The sum of `x[i]^2`, in f64. Floats only.
 ///
 /// [Note: norm order] Element i is squared and added to lane i mod 8, in order of i; the eight lanes are added as
 /// ((0+1)+(2+3))+((4+5)+(6+7)). The order depends on the length and on nothing else: not on the instruction set, not on

@@ -35,7 +35,7 @@ pub fn fold<B: Float, A: Float>(op: Fold, into: B, with: A) -> B {
     B::encode(result)
 }
 
-/// x taken into [-limit, limit], where the limit is first a number of the same type.
+/// x taken into `[-limit, limit]`, where the limit is first a number of the same type.
 pub fn clamp<A: Float>(x: A, limit: f64) -> A {
     if limit.is_infinite() {
         return x;

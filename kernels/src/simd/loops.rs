@@ -6,7 +6,7 @@ use super::raw::{Reader, Writer};
 use crate::dtype::Element;
 use crate::norm::SumSquares;
 
-/// into[i] = each(from[i])
+/// `into[i] = each(from[i])`
 pub(super) struct Map<'a, A, B, F> {
     pub(super) from: Reader<'a, A>,
     pub(super) into: Writer<'a, B>,
@@ -29,7 +29,7 @@ impl<A: Element, B: Element, F: Unary<A, B>> Kernel for Map<'_, A, B, F> {
     }
 }
 
-/// x[i] = each(x[i])
+/// `x[i] = each(x[i])`
 pub(super) struct MapInPlace<'a, A, F> {
     pub(super) x: Writer<'a, A>,
     pub(super) each: F,
@@ -50,7 +50,7 @@ impl<A: Element, F: Unary<A, A>> Kernel for MapInPlace<'_, A, F> {
     }
 }
 
-/// into[i] = each(into[i], with[i])
+/// `into[i] = each(into[i], with[i])`
 pub(super) struct Combine<'a, B, A, F> {
     pub(super) into: Writer<'a, B>,
     pub(super) with: Reader<'a, A>,
@@ -75,7 +75,7 @@ impl<B: Element, A: Element, F: Binary<B, A>> Kernel for Combine<'_, B, A, F> {
     }
 }
 
-/// into[i] = value
+/// `into[i] = value`
 pub(super) struct Fill<'a, T> {
     pub(super) into: Writer<'a, T>,
     pub(super) value: T,
