@@ -1,1 +1,7 @@
-//! Tests.
+//! One test binary: the rooms' tests against each other.
+
+mod exhaustive;
+mod parity;
+mod ranks;
+mod strangers;
+mod tidy;

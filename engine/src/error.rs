@@ -91,6 +91,14 @@ pub enum Error {
         /// What to try.
         hint: String,
     },
+    /// A tensor library refused something.
+    #[error("{doing}: {source}")]
+    Library {
+        /// What was asked of it.
+        doing: String,
+        /// Its own error.
+        source: Arc<dyn std::error::Error + Send + Sync>,
+    },
     /// The arithmetic refused its operands.
     #[error("rank {rank}: {operation}: {source}")]
     Kernel {
@@ -170,6 +178,17 @@ impl Error {
             rank,
             what: what.into(),
             hint: hint.into(),
+        }
+    }
+
+    /// A tensor library's refusal while it was `doing` something.
+    pub fn library(
+        doing: impl Into<String>,
+        source: impl std::error::Error + Send + Sync + 'static,
+    ) -> Self {
+        Self::Library {
+            doing: doing.into(),
+            source: Arc::new(source),
         }
     }
 

@@ -209,6 +209,11 @@ impl Sequencer {
         self.touched
     }
 
+    /// The backward that began did not concern this model after all.
+    pub fn cancel(&mut self) {
+        self.phase = Phase::Idle;
+    }
+
     /// The backward is over: launch what is left, wait for everything, compare which parameters were used.
     ///
     /// # Errors
