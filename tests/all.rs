@@ -3,5 +3,6 @@
 mod exhaustive;
 mod parity;
 mod ranks;
+mod sim;
 mod strangers;
 mod tidy;

@@ -3,6 +3,7 @@
 
 pub mod frame;
 pub mod ledger;
+pub mod sim;
 pub mod tcp;
 
 use std::time::Duration;

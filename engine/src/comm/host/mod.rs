@@ -166,6 +166,11 @@ impl Host {
         Self::over(wire, kind, vigil, options, None)
     }
 
+    /// The clock on which this communicator's deadlines are read.
+    pub fn clock(&self) -> &Clock {
+        &self.shared.options.clock
+    }
+
     fn over(
         wire: Box<dyn Wire>,
         kind: WireKind,
