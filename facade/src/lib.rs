@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 pub mod error;
+pub mod seed;
 
 pub use error::{Error, Result};
 pub use fabric_engine as engine;
