@@ -3,6 +3,7 @@
 
 pub mod environment;
 pub mod error;
+pub mod launch;
 pub mod seed;
 
 pub use error::{Error, Result};
