@@ -17,3 +17,4 @@ pub mod threads;
 pub use child::{die_with_supervisor, inherited_listener, report_failure};
 pub use supervise::supervise;
 pub use terminate::on_terminate;
+pub(crate) use threads::panic_text;
