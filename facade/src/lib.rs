@@ -5,6 +5,7 @@ pub mod data;
 pub mod environment;
 pub mod error;
 pub mod launch;
+pub mod logger;
 pub mod seed;
 
 pub use error::{Error, Result};
