@@ -1,6 +1,7 @@
 //! Lightning Fabric for Rust, over any tensor library: change five lines of a training loop and get N devices.
 #![forbid(unsafe_code)]
 
+pub mod callback;
 pub mod data;
 pub mod environment;
 pub mod error;
