@@ -1,0 +1,20 @@
+//! How a program becomes N ranks: as processes under a supervisor ([`supervise()`]), or as threads of one process
+//! ([`threads`]), for tests and notebooks.
+//!
+//! ```text
+//! supervisor --starts, watches, passes signals on--> rank 0, rank 1, ... (this program again)
+//!     ^                                                 |
+//!     +---- exit status, last words (a file a rank) ----+      the supervisor dies => the kernel kills the ranks
+//! ```
+
+mod child;
+mod ending;
+mod inbox;
+mod supervise;
+mod terminate;
+pub mod threads;
+
+pub use child::{die_with_supervisor, inherited_listener, report_failure};
+pub use supervise::supervise;
+pub use terminate::on_terminate;
+pub(crate) use threads::panic_text;
