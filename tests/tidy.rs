@@ -7,13 +7,18 @@ const COMFORTABLE_LINES: usize = 500;
 const MOST_LINES: usize = 800;
 
 fn root() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_path_buf()
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .unwrap()
+        .to_path_buf()
 }
 
 /// All Rust sources of the workspace: path from the root, and text.
 fn sources() -> Vec<(String, String)> {
     let mut found = Vec::new();
-    let mut folders = ["kernels", "engine", "facade", "tests", "benches"].map(|room| root().join(room)).to_vec();
+    let mut folders = ["kernels", "engine", "facade", "tests", "benches"]
+        .map(|room| root().join(room))
+        .to_vec();
     while let Some(folder) = folders.pop() {
         for entry in fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
@@ -22,7 +27,11 @@ fn sources() -> Vec<(String, String)> {
                     folders.push(path);
                 }
             } else if path.extension().is_some_and(|ending| ending == "rs") {
-                let name = path.strip_prefix(root()).unwrap().to_string_lossy().into_owned();
+                let name = path
+                    .strip_prefix(root())
+                    .unwrap()
+                    .to_string_lossy()
+                    .into_owned();
                 found.push((name, fs::read_to_string(&path).unwrap()));
             }
         }
@@ -33,7 +42,8 @@ fn sources() -> Vec<(String, String)> {
 
 /// The source without comments, so that prose does not count as code.
 fn code(text: &str) -> impl Iterator<Item = &str> {
-    text.lines().map(|line| line.split("//").next().unwrap_or_default())
+    text.lines()
+        .map(|line| line.split("//").next().unwrap_or_default())
 }
 
 /// Inside the engine, a room sees only rooms to its left.
@@ -47,13 +57,29 @@ fn arrows_point_from_right_to_left() {
         ("buffer", &["error"]),
         ("schedule", &[]),
         ("wire", &["error", "clock", "signal", "buffer"]),
-        ("rendezvous", &["error", "clock", "signal", "buffer", "wire"]),
-        ("comm", &["error", "clock", "signal", "buffer", "wire", "rendezvous", "schedule"]),
+        (
+            "rendezvous",
+            &["error", "clock", "signal", "buffer", "wire"],
+        ),
+        (
+            "comm",
+            &[
+                "error",
+                "clock",
+                "signal",
+                "buffer",
+                "wire",
+                "rendezvous",
+                "schedule",
+            ],
+        ),
         ("shard", &["error", "clock", "signal", "buffer", "comm"]),
     ];
     let mut wrong = Vec::new();
     for (path, text) in sources() {
-        let Some(inside) = path.strip_prefix("engine/src/") else { continue };
+        let Some(inside) = path.strip_prefix("engine/src/") else {
+            continue;
+        };
         let room = inside.split(['/', '.']).next().unwrap();
         let Some((_, may_see)) = MAY_SEE.iter().find(|(name, _)| *name == room) else {
             assert_eq!(room, "lib", "the room '{room}' is not in this table");
@@ -65,7 +91,11 @@ fn arrows_point_from_right_to_left() {
             }
         }
     }
-    assert!(wrong.is_empty(), "imports against the arrows:\n{}", wrong.join("\n"));
+    assert!(
+        wrong.is_empty(),
+        "imports against the arrows:\n{}",
+        wrong.join("\n")
+    );
 }
 
 /// Every room that `use crate::...` or a path `crate::...` names, groups in braces included.
@@ -99,12 +129,24 @@ fn named_rooms(text: &str) -> Vec<String> {
         }
     }
     // `crate::Error` and `crate::Result` are the error room's.
-    let known = |room: String| if matches!(room.as_str(), "Error" | "Result") { "error".into() } else { room };
-    rooms.into_iter().filter(|room| !room.is_empty()).map(known).collect()
+    let known = |room: String| {
+        if matches!(room.as_str(), "Error" | "Result") {
+            "error".into()
+        } else {
+            room
+        }
+    };
+    rooms
+        .into_iter()
+        .filter(|room| !room.is_empty())
+        .map(known)
+        .collect()
 }
 
 fn first_word(text: &str) -> String {
-    text.chars().take_while(|letter| letter.is_alphanumeric() || *letter == '_').collect()
+    text.chars()
+        .take_while(|letter| letter.is_alphanumeric() || *letter == '_')
+        .collect()
 }
 
 #[test]
@@ -120,7 +162,10 @@ fn packages_depend_downwards() {
         ("kernels", &[]),
         ("engine", &["fabric-kernels"]),
         ("facade", &["fabric-kernels", "fabric-engine"]),
-        ("facade/adapters/candle", &["fabric-kernels", "fabric-engine", "fabric-facade"]),
+        (
+            "facade/adapters/candle",
+            &["fabric-kernels", "fabric-engine", "fabric-facade"],
+        ),
     ];
     for (folder, may_see) in MAY_SEE {
         let manifest = fs::read_to_string(root().join(folder).join("Cargo.toml")).unwrap();
@@ -134,9 +179,15 @@ fn packages_depend_downwards() {
 #[test]
 fn unsafe_code_stays_in_its_rooms() {
     let allowed = |path: &str| {
-        ["kernels/src/simd", "kernels/src/cuda", "engine/src/wire/shm", "engine/src/comm/nccl", "engine/src/comm/mpi"]
-            .iter()
-            .any(|room| path.starts_with(room))
+        [
+            "kernels/src/simd",
+            "kernels/src/cuda",
+            "engine/src/wire/shm",
+            "engine/src/comm/nccl",
+            "engine/src/comm/mpi",
+        ]
+        .iter()
+        .any(|room| path.starts_with(room))
             || path == "engine/src/buffer.rs"
             || (path.starts_with("facade/adapters/") && path.contains("/src/storage"))
     };
@@ -146,11 +197,20 @@ fn unsafe_code_stays_in_its_rooms() {
             continue;
         }
         let words = |line: &str| {
-            line.split(|letter: char| !letter.is_alphanumeric() && letter != '_').any(|word| word == "unsafe")
+            line.split(|letter: char| !letter.is_alphanumeric() && letter != '_')
+                .any(|word| word == "unsafe")
         };
-        wrong.extend(code(&text).position(words).map(|line| format!("{path}:{}", line + 1)));
+        wrong.extend(
+            code(&text)
+                .position(words)
+                .map(|line| format!("{path}:{}", line + 1)),
+        );
     }
-    assert!(wrong.is_empty(), "unsafe code outside its rooms:\n{}", wrong.join("\n"));
+    assert!(
+        wrong.is_empty(),
+        "unsafe code outside its rooms:\n{}",
+        wrong.join("\n")
+    );
 }
 
 #[test]
@@ -165,13 +225,20 @@ fn files_are_short_enough_to_read() {
             long.push(format!("{path}: {lines} lines"));
         }
     }
-    assert!(long.is_empty(), "longer than {MOST_LINES} lines:\n{}", long.join("\n"));
+    assert!(
+        long.is_empty(),
+        "longer than {MOST_LINES} lines:\n{}",
+        long.join("\n")
+    );
 }
 
 #[test]
 fn files_begin_by_saying_what_they_are_for() {
     for (path, text) in sources() {
-        assert!(text.starts_with("//!"), "{path} does not open with a sentence about itself");
+        assert!(
+            text.starts_with("//!"),
+            "{path} does not open with a sentence about itself"
+        );
     }
 }
 
@@ -180,7 +247,8 @@ fn time_and_sockets_stay_in_their_rooms() {
     for (path, text) in sources() {
         let in_engine = path.starts_with("engine/src/") && path != "engine/src/clock.rs";
         if in_engine {
-            let line = code(&text).position(|line| line.contains("Instant::now()") || line.contains("thread::sleep"));
+            let line = code(&text)
+                .position(|line| line.contains("Instant::now()") || line.contains("thread::sleep"));
             assert_eq!(line, None, "{path} reads the machine's time itself");
         }
     }
@@ -190,7 +258,9 @@ fn time_and_sockets_stay_in_their_rooms() {
 fn no_room_is_called_by_a_name_that_says_nothing() {
     for (path, _) in sources() {
         for part in path.trim_end_matches(".rs").split('/') {
-            let empty = ["utils", "util", "common", "manager", "core", "base", "helper", "helpers", "misc"];
+            let empty = [
+                "utils", "util", "common", "manager", "core", "base", "helper", "helpers", "misc",
+            ];
             assert!(!empty.contains(&part), "{path} is called '{part}'");
         }
     }

@@ -76,7 +76,10 @@ enum Rank {
     /// Wants the baton.
     Ready,
     /// Waits for so many messages from each, or until a deadline.
-    Waiting { wants: Vec<usize>, deadline: Option<Duration> },
+    Waiting {
+        wants: Vec<usize>,
+        deadline: Option<Duration>,
+    },
     /// Will not come back.
     Gone,
 }
@@ -105,12 +108,21 @@ impl Sim {
             ranks: vec![Rank::Ready; size],
             mail: (0..size * size).map(|_| VecDeque::new()).collect(),
         };
-        let world = World { net, clock: clock.clone(), state: Mutex::new(state), baton: Condvar::new() };
+        let world = World {
+            net,
+            clock: clock.clone(),
+            state: Mutex::new(state),
+            baton: Condvar::new(),
+        };
         let world = Arc::new(world);
         let end = |rank| Self {
             rank,
             world: world.clone(),
-            vigil: Vigil { clock: clock.clone(), signal: Signal::new(), ledger: Ledger::new(rank, size) },
+            vigil: Vigil {
+                clock: clock.clone(),
+                signal: Signal::new(),
+                ledger: Ledger::new(rank, size),
+            },
             sent: Sent::default(),
             entered: false,
         };
@@ -132,7 +144,11 @@ impl Sim {
 
     fn is_killed(&self) -> bool {
         let now = self.world.clock.now();
-        self.world.net.kills.iter().any(|(rank, at)| *rank == self.rank && *at <= now)
+        self.world
+            .net
+            .kills
+            .iter()
+            .any(|(rank, at)| *rank == self.rank && *at <= now)
     }
 }
 
@@ -164,7 +180,10 @@ impl Wire for Sim {
     ) -> Result<()> {
         self.enter();
         self.vigil.signal.check()?;
-        let killed = || Error::Aborted { rank: self.rank, reason: "the simulation killed this rank".into() };
+        let killed = || Error::Aborted {
+            rank: self.rank,
+            reason: "the simulation killed this rank".into(),
+        };
         if self.is_killed() {
             return Err(killed());
         }
@@ -172,18 +191,36 @@ impl Wire for Sim {
         let mut state = world.lock();
         let size = state.ranks.len();
         for send in sends {
-            let bytes = send.parts.iter().flat_map(|part| span_bytes(*part)).copied().collect::<Vec<u8>>();
+            let bytes = send
+                .parts
+                .iter()
+                .flat_map(|part| span_bytes(*part))
+                .copied()
+                .collect::<Vec<u8>>();
             self.sent.messages += 1;
             self.sent.payload_bytes += bytes.len() as u64;
-            let header = Header { stamp: *stamp, round, bytes: bytes.len() as u64 };
+            let header = Header {
+                stamp: *stamp,
+                round,
+                bytes: bytes.len() as u64,
+            };
             let arrives = world.arrival(&mut state, bytes.len());
             let lane = &mut state.mail[self.rank * size + send.to];
-            let arrives = lane.back().map_or(arrives, |last| arrives.max(last.arrives)); // order is kept
-            lane.push_back(Packet { arrives, header, bytes });
+            let arrives = lane
+                .back()
+                .map_or(arrives, |last| arrives.max(last.arrives)); // order is kept
+            lane.push_back(Packet {
+                arrives,
+                header,
+                bytes,
+            });
         }
         let mut wants = vec![0; size];
         recvs.iter().for_each(|recv| wants[recv.from] += 1);
-        state.ranks[self.rank] = Rank::Waiting { wants: wants.clone(), deadline };
+        state.ranks[self.rank] = Rank::Waiting {
+            wants: wants.clone(),
+            deadline,
+        };
         let since = world.clock.now();
         world.pass(&mut state);
         drop(state);
@@ -195,7 +232,8 @@ impl Wire for Sim {
             Wake::Arrived => {}
             Wake::Lost(peer) => return Err(self.vigil.ledger.lost(peer, "its process ended")),
             Wake::Late => {
-                let missing = |peer: &usize| state.mail[peer * size + self.rank].len() < wants[*peer];
+                let missing =
+                    |peer: &usize| state.mail[peer * size + self.rank].len() < wants[*peer];
                 return Err(Error::Timeout {
                     rank: self.rank,
                     operation: stamp.to_string(),
@@ -207,12 +245,25 @@ impl Wire for Sim {
         for recv in recvs {
             let packet = state.mail[recv.from * size + self.rank].pop_front();
             let packet = packet.expect("a rank that wakes because messages arrived finds them");
-            self.vigil.ledger.saw(recv.from, packet.header.stamp.sequence);
-            let mut parts = recv.parts.into_iter().map(span_bytes_mut).collect::<Vec<_>>();
+            self.vigil
+                .ledger
+                .saw(recv.from, packet.header.stamp.sequence);
+            let mut parts = recv
+                .parts
+                .into_iter()
+                .map(span_bytes_mut)
+                .collect::<Vec<_>>();
             let expected = parts.iter().map(|part| part.len()).sum::<usize>();
-            if (packet.header.stamp, packet.header.round, packet.bytes.len()) != (*stamp, round, expected) {
+            if (packet.header.stamp, packet.header.round, packet.bytes.len())
+                != (*stamp, round, expected)
+            {
                 let (ours, theirs) = (stamp.to_string(), packet.header.stamp.to_string());
-                return Err(Error::Diverged { rank: self.rank, peer: recv.from, ours, theirs });
+                return Err(Error::Diverged {
+                    rank: self.rank,
+                    peer: recv.from,
+                    ours,
+                    theirs,
+                });
             }
             let mut bytes = packet.bytes.as_slice();
             for part in &mut parts {
@@ -241,8 +292,14 @@ impl World {
     }
 
     fn arrival(&self, state: &mut State, bytes: usize) -> Duration {
-        let jitter = self.net.jitter.mul_f64(state.chance() as f64 / u64::MAX as f64);
-        self.clock.now() + self.net.latency + jitter + Duration::from_secs_f64(bytes as f64 / self.net.bandwidth)
+        let jitter = self
+            .net
+            .jitter
+            .mul_f64(state.chance() as f64 / u64::MAX as f64);
+        self.clock.now()
+            + self.net.latency
+            + jitter
+            + Duration::from_secs_f64(bytes as f64 / self.net.bandwidth)
     }
 
     /// Give the baton to somebody who can go on; when all wait, let time pass first.
@@ -255,14 +312,20 @@ impl World {
                 match what {
                     Rank::Ready => able.push(rank),
                     Rank::Gone => {}
-                    Rank::Waiting { wants, deadline } => match state.when(rank, wants, *deadline, now) {
-                        Some(time) if time <= now => able.push(rank),
-                        Some(time) => next = Some(next.map_or(time, |next| next.min(time))),
-                        None => {}
-                    },
+                    Rank::Waiting { wants, deadline } => {
+                        match state.when(rank, wants, *deadline, now) {
+                            Some(time) if time <= now => able.push(rank),
+                            Some(time) => next = Some(next.map_or(time, |next| next.min(time))),
+                            None => {}
+                        }
+                    }
                 }
             }
-            let alive = state.ranks.iter().filter(|rank| !matches!(rank, Rank::Gone)).count();
+            let alive = state
+                .ranks
+                .iter()
+                .filter(|rank| !matches!(rank, Rank::Gone))
+                .count();
             state.running = if !able.is_empty() {
                 let pick = state.chance() as usize % able.len();
                 Some(able[pick])
@@ -271,7 +334,10 @@ impl World {
                 continue;
             } else if alive > 0 {
                 // Nothing will ever arrive: wake somebody, who finds that out.
-                state.ranks.iter().position(|rank| !matches!(rank, Rank::Gone))
+                state
+                    .ranks
+                    .iter()
+                    .position(|rank| !matches!(rank, Rank::Gone))
             } else {
                 None
             };
@@ -302,9 +368,15 @@ impl State {
         let size = self.ranks.len();
         let last = |(from, count): (usize, &usize)| match count.checked_sub(1) {
             None => Some(Duration::ZERO),
-            Some(last) => self.mail[from * size + rank].get(last).map(|packet| packet.arrives),
+            Some(last) => self.mail[from * size + rank]
+                .get(last)
+                .map(|packet| packet.arrives),
         };
-        wants.iter().enumerate().map(last).try_fold(Duration::ZERO, |latest, time| Some(latest.max(time?)))
+        wants
+            .iter()
+            .enumerate()
+            .map(last)
+            .try_fold(Duration::ZERO, |latest, time| Some(latest.max(time?)))
     }
 
     /// A peer that is gone and has not sent what `rank` wants of it.
@@ -315,7 +387,13 @@ impl State {
     }
 
     /// When a waiting rank can go on.
-    fn when(&self, rank: usize, wants: &[usize], deadline: Option<Duration>, now: Duration) -> Option<Duration> {
+    fn when(
+        &self,
+        rank: usize,
+        wants: &[usize],
+        deadline: Option<Duration>,
+        now: Duration,
+    ) -> Option<Duration> {
         if self.lost(rank, wants).is_some() {
             return Some(now);
         }

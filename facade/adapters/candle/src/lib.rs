@@ -1,1 +1,47 @@
-//! Candle under Fabric.
+//! Candle models under Fabric. Unmodified candle-nn code gets its parameters from [`build`]'s `VarBuilder`; each
+//! parameter carries an identity operation whose backward says "this gradient is ready", so that communication starts
+//! while candle's own backward goes on.
+//!
+//! ```no_run
+//! use candle_core::{DType, Device, Tensor};
+//! use candle_nn::{Module, linear};
+//! use fabric::{Fabric, optim::AdamW};
+//! use fabric_candle::{Loss, build};
+//!
+//! # fn main() -> fabric::Result<()> {
+//! let fabric = Fabric::builder().devices(2).build()?;
+//! fabric.launch(|fabric| {
+//!     let model = build(&Device::Cpu, DType::F32, |vb| linear(4, 1, vb.pp("head")))?;
+//!     let (model, mut optimizer) = fabric.setup(model, AdamW::new(1e-2))?;
+//!     for _ in 0..10 {
+//!         let loss = model.forward(&Tensor::ones((8, 4), DType::F32, &Device::Cpu)?)?.sqr()?.mean_all()?;
+//!         fabric.backward(Loss(&loss))?;
+//!         optimizer.step()?;
+//!         optimizer.zero_grad();
+//!     }
+//!     Ok(())
+//! })?;
+//! # Ok(()) }
+//! ```
+//!
+//! # Where the weights are
+//!
+//! The memory of every parameter is in the hooked tensor that the model holds; the `Var` behind it is an empty shell.
+//! Whatever wants `Var`s (an optimizer of candle's, `safetensors::save` over them) must run inside
+//! [`CandleModel::with_vars`], which swaps the memory in and out without a copy. There is no `VarMap`, and one that is
+//! made of these shells saves empty tensors: use `fabric.save`.
+//!
+//! # Operations that cut gradients
+//!
+//! Some of candle's fused operations have no backward and cut the gradient without a word: [`UNUSED_HINT`] names them.
+//! Fabric warns after the first step of parameters that no gradient reached.
+#![forbid(unsafe_code)]
+
+mod hook;
+mod init;
+mod model;
+mod optim;
+mod storage;
+
+pub use model::{CandleModel, Loss, UNUSED_HINT, build};
+pub use optim::CandleOptimizer;

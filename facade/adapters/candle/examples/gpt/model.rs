@@ -1,0 +1,146 @@
+//! A small GPT over bytes, in plain candle-nn: pre-norm blocks, learned positions, the embedding shared with the head.
+//! Every operation in it has a backward.
+
+use candle_core::{Device, Result, Tensor};
+use candle_nn::{
+    Embedding, Init, Linear, Module, RmsNorm, VarBuilder, embedding, linear_no_bias, ops, rms_norm,
+};
+
+/// Sizes of a model.
+#[derive(Clone, Copy, Debug)]
+pub struct Config {
+    pub layers: usize,
+    pub heads: usize,
+    pub width: usize,
+    pub context: usize,
+}
+
+/// Different bytes.
+pub const BYTES: usize = 256;
+
+pub struct Gpt {
+    tokens: Tensor, // f32[BYTES, width]: the embedding, and the head
+    positions: Embedding,
+    blocks: Vec<Block>,
+    norm: RmsNorm,
+    mask: Tensor, // f32[context, context]: 0 where a byte may look, -inf where it may not
+}
+
+struct Block {
+    norm1: RmsNorm,
+    query_key_value: Linear,
+    project: Linear,
+    norm2: RmsNorm,
+    up: Linear,
+    down: Linear,
+    heads: usize,
+}
+
+impl Gpt {
+    pub fn new(config: &Config, vb: VarBuilder) -> Result<Self> {
+        let normal = Init::Randn {
+            mean: 0.0,
+            stdev: 0.02,
+        };
+        let tokens = vb.get_with_hints((BYTES, config.width), "tokens", normal)?;
+        let positions = embedding(config.context, config.width, vb.pp("positions"))?;
+        let block = |layer: usize| Block::new(config, vb.pp(format!("block.{layer}")));
+        let blocks = (0..config.layers).map(block).collect::<Result<_>>()?;
+        let norm = rms_norm(config.width, 1e-5, vb.pp("norm"))?;
+        let may_look = |row: usize, column: usize| {
+            if column <= row {
+                0f32
+            } else {
+                f32::NEG_INFINITY
+            }
+        };
+        let mask = (0..config.context)
+            .flat_map(|row| (0..config.context).map(move |column| may_look(row, column)));
+        let mask =
+            Tensor::from_iter(mask, vb.device())?.reshape((config.context, config.context))?;
+        Ok(Self {
+            tokens,
+            positions,
+            blocks,
+            norm,
+            mask: mask.to_dtype(vb.dtype())?,
+        })
+    }
+
+    /// input: u32[batch, time] -> f32[batch * time, BYTES], one row of logits a byte.
+    pub fn logits(&self, input: &Tensor) -> Result<Tensor> {
+        let (batch, time) = input.dims2()?;
+        let width = self.tokens.dim(1)?;
+        let positions = Tensor::arange(0u32, time as u32, input.device())?;
+        let mut x = self
+            .tokens
+            .index_select(&input.flatten_all()?, 0)?
+            .reshape((batch, time, width))?
+            .broadcast_add(&self.positions.forward(&positions)?)?;
+        let mask = self.mask.narrow(0, 0, time)?.narrow(1, 0, time)?;
+        for block in &self.blocks {
+            x = block.forward(&x, &mask)?;
+        }
+        self.norm
+            .forward_diff(&x)?
+            .reshape((batch * time, width))?
+            .matmul(&self.tokens.t()?)
+    }
+
+    /// The mean cross-entropy in nats of predicting `target` after `input`, both u32[batch, time].
+    pub fn loss(&self, input: &Tensor, target: &Tensor) -> Result<Tensor> {
+        candle_nn::loss::cross_entropy(&self.logits(input)?, &target.flatten_all()?)
+    }
+}
+
+impl Block {
+    fn new(config: &Config, vb: VarBuilder) -> Result<Self> {
+        let width = config.width;
+        Ok(Self {
+            norm1: rms_norm(width, 1e-5, vb.pp("norm1"))?,
+            query_key_value: linear_no_bias(width, 3 * width, vb.pp("query_key_value"))?,
+            project: linear_no_bias(width, width, vb.pp("project"))?,
+            norm2: rms_norm(width, 1e-5, vb.pp("norm2"))?,
+            up: linear_no_bias(width, 4 * width, vb.pp("up"))?,
+            down: linear_no_bias(4 * width, width, vb.pp("down"))?,
+            heads: config.heads,
+        })
+    }
+
+    fn forward(&self, x: &Tensor, mask: &Tensor) -> Result<Tensor> {
+        let x = (x + self.attend(&self.norm1.forward_diff(x)?, mask)?)?;
+        let hidden = self.up.forward(&self.norm2.forward_diff(&x)?)?.gelu()?;
+        &x + self.down.forward(&hidden)?
+    }
+
+    fn attend(&self, x: &Tensor, mask: &Tensor) -> Result<Tensor> {
+        let (batch, time, width) = x.dims3()?;
+        let size = width / self.heads;
+        let mixed = self.query_key_value.forward(x)?;
+        let part = |index: usize| {
+            let part = mixed.narrow(2, index * width, width)?;
+            part.reshape((batch, time, self.heads, size))?
+                .transpose(1, 2)?
+                .contiguous()
+        };
+        let (query, key, value) = (part(0)?, part(1)?, part(2)?);
+        let scores = (query.matmul(&key.t()?)? / (size as f64).sqrt())?.broadcast_add(mask)?;
+        let mixed = ops::softmax(&scores, 3)?.matmul(&value)?;
+        self.project
+            .forward(&mixed.transpose(1, 2)?.reshape((batch, time, width))?)
+    }
+}
+
+/// Windows of `context + 1` bytes as (input, target), both u32[windows, context].
+pub fn batch(windows: &[Vec<u8>], device: &Device) -> Result<(Tensor, Tensor)> {
+    let context = windows.first().map_or(0, |window| window.len() - 1);
+    let side = |from: usize| {
+        let bytes = windows.iter().flat_map(move |window| {
+            window[from..from + context]
+                .iter()
+                .map(|byte| u32::from(*byte))
+        });
+        Tensor::from_iter(bytes, device)?.reshape((windows.len(), context))
+    };
+    Ok((side(0)?, side(1)?))
+}

@@ -1,0 +1,417 @@
+//! Checkpoints of replicated strategies: one safetensors file with every tensor, and every other value as JSON in its
+//! metadata. A file is written beside its place, synced and renamed, so that it is there whole or not at all.
+
+use std::{borrow::Cow, collections::HashMap, fs, io, path::Path, sync::Arc};
+
+use fabric_engine::{
+    buffer::Slab,
+    kernels::{self, Dtype},
+    shard::ParamId,
+};
+use safetensors::{
+    SafeTensors,
+    tensor::{Dtype as TensorDtype, TensorView, View},
+};
+use serde::{Serialize, de::DeserializeOwned};
+use serde_json::Value;
+
+use crate::{
+    error::{Error, Result},
+    fabric::{Fabric, FabricOptimizer},
+    model::{Core, FabricModule, Model},
+    optim::{Optimizer, OptimizerState},
+};
+
+const VALUES: &str = "fabric"; // the metadata key under which the values are
+
+/// What a checkpoint holds, by name: models, optimizers, and values that serde knows.
+///
+/// ```no_run
+/// # use fabric::{Fabric, State, vec::VecModel, optim::Sgd};
+/// # fn example(fabric: &Fabric) -> fabric::Result<()> {
+/// let (model, mut optimizer) = fabric.setup(VecModel::new([("w", vec![0f32; 4])]), Sgd::new(0.1))?;
+/// let mut step = 100u64;
+/// let state = State::new().model("model", &model).optimizer("optimizer", &mut optimizer).value("step", &mut step);
+/// fabric.save("out/last.safetensors", state)?;
+/// # Ok(()) }
+/// ```
+#[derive(Default)]
+pub struct State<'a>(Vec<(String, Entry<'a>)>);
+
+enum Entry<'a> {
+    Model(Arc<Core>),
+    Optimizer(&'a mut dyn Stateful),
+    Value(&'a mut dyn Saved),
+}
+
+impl<'a> State<'a> {
+    /// Nothing yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Add a model: its parameters are called `name.parameter`.
+    pub fn model<M: Model>(mut self, name: &str, module: &'a FabricModule<M>) -> Self {
+        self.0
+            .push((name.into(), Entry::Model(module.core.clone())));
+        self
+    }
+
+    /// Add an optimizer's state.
+    pub fn optimizer<O: Optimizer>(
+        mut self,
+        name: &str,
+        optimizer: &'a mut FabricOptimizer<O>,
+    ) -> Self {
+        self.0.push((name.into(), Entry::Optimizer(optimizer)));
+        self
+    }
+
+    /// Add a value; loading writes it back.
+    pub fn value<T: Serialize + DeserializeOwned>(mut self, name: &str, value: &'a mut T) -> Self {
+        self.0.push((name.into(), Entry::Value(value)));
+        self
+    }
+}
+
+/// An optimizer, whatever its type.
+trait Stateful {
+    fn state(&self) -> Result<OptimizerState>;
+    fn load_state(&mut self, state: OptimizerState) -> Result<()>;
+}
+
+impl<O: Optimizer> Stateful for FabricOptimizer<O> {
+    fn state(&self) -> Result<OptimizerState> {
+        FabricOptimizer::state(self)
+    }
+    fn load_state(&mut self, state: OptimizerState) -> Result<()> {
+        FabricOptimizer::load_state(self, state)
+    }
+}
+
+/// A value, whatever its type.
+trait Saved {
+    fn to_json(&self, name: &str) -> Result<Value>;
+    fn set_json(&mut self, name: &str, json: Value) -> Result<()>;
+}
+
+impl<T: Serialize + DeserializeOwned> Saved for T {
+    fn to_json(&self, name: &str) -> Result<Value> {
+        let json = serde_json::to_value(self)?;
+        // JSON has no NaN and no infinity: what could not be loaded is refused now, not after the crash.
+        if let Err(error) = serde_json::from_value::<T>(json.clone()) {
+            return Err(Error::argument(
+                format!("the value '{name}' cannot be read back from JSON: {error}"),
+                "Store numbers that are finite, or wrap them in an Option",
+            ));
+        }
+        Ok(json)
+    }
+
+    fn set_json(&mut self, name: &str, json: Value) -> Result<()> {
+        *self = serde_json::from_value(json).map_err(|error| {
+            Error::argument(
+                format!("the saved value '{name}' has another type: {error}"),
+                "Load it into the type that was saved",
+            )
+        })?;
+        Ok(())
+    }
+}
+
+impl Fabric {
+    /// Write a checkpoint: rank 0 writes `path`, the others wait until it is there. An existing file is replaced whole.
+    ///
+    /// # Errors
+    /// On all ranks, when rank 0 cannot write: the old file is then untouched.
+    pub fn save(&self, path: impl AsRef<Path>, state: State<'_>) -> Result<()> {
+        let path = path.as_ref();
+        let written = if self.is_global_zero() {
+            write(path, &state)
+        } else {
+            Ok(())
+        };
+        let failure = written
+            .as_ref()
+            .err()
+            .map_or(String::new(), Error::to_string);
+        let failure: String = self.broadcast(failure, 0)?;
+        written?;
+        if failure.is_empty() {
+            return Ok(());
+        }
+        Err(Error::new(format!(
+            "rank 0 could not save {}: {failure}",
+            path.display()
+        )))
+    }
+
+    /// Go on from a checkpoint, on all ranks. Everything in `state` must be in the file; what else the file holds as
+    /// values is returned. Nothing is changed unless everything fits.
+    ///
+    /// # Errors
+    /// On all ranks, when one cannot read the file or something does not fit.
+    pub fn load(&self, path: impl AsRef<Path>, state: State<'_>) -> Result<HashMap<String, Value>> {
+        let path = path.as_ref();
+        let read = read(path).and_then(|file| file.check(&state).map(|()| file));
+        let failure = read.as_ref().err().map_or(String::new(), Error::to_string);
+        let failures = self.all_gather_object(&failure)?;
+        let file = read?;
+        if let Some(rank) = failures.iter().position(|failure| !failure.is_empty()) {
+            let what = format!("rank {rank} could not load {}", path.display());
+            return Err(Error::new(format!("{what}: {}", failures[rank])));
+        }
+        file.apply(state)
+    }
+}
+
+/// A tensor on its way into a file.
+struct Tensor {
+    slab: Slab,
+    shape: Vec<usize>,
+    dtype: TensorDtype,
+}
+
+impl View for &Tensor {
+    fn dtype(&self) -> TensorDtype {
+        self.dtype
+    }
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+    fn data(&self) -> Cow<'_, [u8]> {
+        self.slab.as_bytes().into()
+    }
+    fn data_len(&self) -> usize {
+        self.slab.bytes()
+    }
+}
+
+fn write(path: &Path, state: &State<'_>) -> Result<()> {
+    let (mut tensors, mut values) = (Vec::new(), serde_json::Map::new());
+    for (name, entry) in &state.0 {
+        match entry {
+            Entry::Model(core) => model_tensors(name, core, &mut tensors)?,
+            Entry::Optimizer(optimizer) => {
+                let OptimizerState {
+                    steps,
+                    tensors: states,
+                } = optimizer.state()?;
+                values.insert(name.clone(), steps.into());
+                for (kind, slab) in states {
+                    let (shape, dtype) = (vec![slab.numel()], tensor_dtype(slab.dtype())?);
+                    tensors.push((format!("{name}.{kind}"), Tensor { slab, shape, dtype }));
+                }
+            }
+            Entry::Value(value) => {
+                values.insert(name.clone(), value.to_json(name)?);
+            }
+        }
+    }
+    let metadata = HashMap::from([(VALUES.to_string(), Value::Object(values).to_string())]);
+    let views = tensors.iter().map(|(name, tensor)| (name, tensor));
+    replace(path, |temporary| {
+        safetensors::serialize_to_file(views, Some(metadata), temporary).map_err(io::Error::other)
+    })
+}
+
+fn model_tensors(name: &str, core: &Core, tensors: &mut Vec<(String, Tensor)>) -> Result<()> {
+    for (index, param) in core.model.params().iter().enumerate() {
+        let mut slab = Slab::zeroed(param.dtype, param.numel());
+        core.model.with(ParamId(index), &mut |buffer| {
+            buffer.read(0..param.numel(), slab.part_mut(0..param.numel()))
+        })?;
+        let (shape, dtype) = (param.shape.clone(), tensor_dtype(param.dtype)?);
+        tensors.push((
+            format!("{name}.{}", param.name),
+            Tensor { slab, shape, dtype },
+        ));
+    }
+    Ok(())
+}
+
+/// Write a file beside `path`, sync it, and rename it over `path`.
+fn replace(path: &Path, fill: impl FnOnce(&Path) -> io::Result<()>) -> Result<()> {
+    let folder = path
+        .parent()
+        .filter(|folder| !folder.as_os_str().is_empty());
+    let folder = folder.unwrap_or(Path::new("."));
+    let failed = |error: io::Error| {
+        Error::argument(
+            format!("cannot write the checkpoint {}: {error}", path.display()),
+            "Check the folder's rights and the space on its disk",
+        )
+    };
+    fs::create_dir_all(folder).map_err(failed)?;
+    let temporary = tempfile::Builder::new()
+        .prefix(".fabric-")
+        .tempfile_in(folder)
+        .map_err(failed)?;
+    fill(temporary.path()).map_err(failed)?;
+    fs::File::open(temporary.path())
+        .and_then(|file| file.sync_all())
+        .map_err(failed)?;
+    temporary
+        .persist(path)
+        .map_err(|error| failed(error.error))?;
+    fs::File::open(folder)
+        .and_then(|folder| folder.sync_all())
+        .map_err(failed)
+}
+
+/// A checkpoint in memory.
+struct File {
+    bytes: Vec<u8>,
+    values: HashMap<String, Value>,
+}
+
+fn read(path: &Path) -> Result<File> {
+    let bytes = fs::read(path).map_err(|error| {
+        Error::argument(
+            format!("cannot read the checkpoint {}: {error}", path.display()),
+            "Give the path that was given to fabric.save",
+        )
+    })?;
+    let broken = |what: String| {
+        Error::argument(
+            format!(
+                "{} is no checkpoint of this library: {what}",
+                path.display()
+            ),
+            "Give the path that was given to fabric.save",
+        )
+    };
+    let (_, metadata) =
+        SafeTensors::read_metadata(&bytes).map_err(|error| broken(error.to_string()))?;
+    let values = metadata
+        .metadata()
+        .as_ref()
+        .and_then(|metadata| metadata.get(VALUES));
+    let values = values.ok_or_else(|| broken("its metadata has no values".into()))?;
+    let values = serde_json::from_str(values).map_err(|error| broken(error.to_string()))?;
+    SafeTensors::deserialize(&bytes).map_err(|error| broken(error.to_string()))?;
+    Ok(File { bytes, values })
+}
+
+impl File {
+    fn tensors(&self) -> Result<SafeTensors<'_>> {
+        Ok(SafeTensors::deserialize(&self.bytes)?)
+    }
+
+    /// Does everything in `state` stand in the file, and fit?
+    fn check(&self, state: &State<'_>) -> Result<()> {
+        let tensors = self.tensors()?;
+        for (name, entry) in &state.0 {
+            match entry {
+                Entry::Model(core) => {
+                    for param in core.model.params() {
+                        let key = format!("{name}.{}", param.name);
+                        let saved = tensors.tensor(&key).map_err(|_| absent(&key))?;
+                        let (dtype, shape) = (tensor_dtype(param.dtype)?, &param.shape);
+                        if saved.dtype() != dtype || saved.shape() != shape {
+                            return Err(Error::argument(
+                                format!(
+                                    "'{key}' was saved as {:?} {:?}, the model has {dtype:?} {shape:?}",
+                                    saved.dtype(),
+                                    saved.shape()
+                                ),
+                                "Build the model with the sizes that were saved",
+                            ));
+                        }
+                    }
+                }
+                Entry::Optimizer(_) | Entry::Value(_) if !self.values.contains_key(name) => {
+                    return Err(absent(name));
+                }
+                Entry::Optimizer(_) | Entry::Value(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn apply(mut self, state: State<'_>) -> Result<HashMap<String, Value>> {
+        let mut values = std::mem::take(&mut self.values);
+        let tensors = self.tensors()?;
+        for (name, entry) in state.0 {
+            match entry {
+                Entry::Model(core) => {
+                    for (index, param) in core.model.params().iter().enumerate() {
+                        let slab = slab_of(&tensors.tensor(&format!("{name}.{}", param.name))?)?;
+                        core.model.with(ParamId(index), &mut |buffer| {
+                            buffer.write(0..slab.numel(), slab.part(0..slab.numel()))
+                        })?;
+                    }
+                }
+                Entry::Optimizer(optimizer) => {
+                    let steps = values
+                        .remove(&name)
+                        .and_then(|steps| steps.as_u64())
+                        .unwrap_or(0);
+                    let prefix = format!("{name}.");
+                    let states = tensors
+                        .iter()
+                        .filter_map(|(key, view)| Some((key.strip_prefix(&prefix)?, view)));
+                    let tensors = states
+                        .map(|(key, view)| Ok((key.to_string(), slab_of(&view)?)))
+                        .collect::<Result<_>>()?;
+                    optimizer.load_state(OptimizerState { steps, tensors })?;
+                }
+                Entry::Value(value) => {
+                    if let Some(json) = values.remove(&name) {
+                        value.set_json(&name, json)?;
+                    }
+                }
+            }
+        }
+        Ok(values)
+    }
+}
+
+fn absent(name: &str) -> Error {
+    Error::argument(
+        format!("the checkpoint holds no '{name}'"),
+        "Ask for what was saved, under the name under which it was saved",
+    )
+}
+
+fn slab_of(view: &TensorView<'_>) -> Result<Slab> {
+    let dtype = DTYPES
+        .iter()
+        .find(|(_, dtype)| *dtype == view.dtype())
+        .map(|(ours, _)| *ours);
+    let dtype = dtype.ok_or_else(|| {
+        Error::argument(
+            format!("the checkpoint holds tensors of type {:?}", view.dtype()),
+            "Convert them first",
+        )
+    })?;
+    let mut slab = Slab::zeroed(dtype, view.data().len() / dtype.size());
+    slab.as_bytes_mut().copy_from_slice(view.data());
+    Ok(slab)
+}
+
+fn tensor_dtype(dtype: Dtype) -> Result<TensorDtype> {
+    let found = DTYPES
+        .iter()
+        .find(|(ours, _)| *ours == dtype)
+        .map(|(_, theirs)| *theirs);
+    found.ok_or_else(|| kernels::KernelError::Unsupported { op: "save", dtype }.into())
+}
+
+const DTYPES: [(Dtype, TensorDtype); 15] = [
+    (Dtype::F64, TensorDtype::F64),
+    (Dtype::F32, TensorDtype::F32),
+    (Dtype::F16, TensorDtype::F16),
+    (Dtype::BF16, TensorDtype::BF16),
+    (Dtype::F8E4M3, TensorDtype::F8_E4M3),
+    (Dtype::F8E5M2, TensorDtype::F8_E5M2),
+    (Dtype::I8, TensorDtype::I8),
+    (Dtype::I16, TensorDtype::I16),
+    (Dtype::I32, TensorDtype::I32),
+    (Dtype::I64, TensorDtype::I64),
+    (Dtype::U8, TensorDtype::U8),
+    (Dtype::U16, TensorDtype::U16),
+    (Dtype::U32, TensorDtype::U32),
+    (Dtype::U64, TensorDtype::U64),
+    (Dtype::Bool, TensorDtype::BOOL),
+];

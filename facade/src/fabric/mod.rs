@@ -1,0 +1,327 @@
+//! The object that a training program holds: what was asked for, the job that was joined, and Fabric's verbs.
+
+mod collectives;
+mod record;
+mod training;
+mod world;
+
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use fabric_engine::{
+    comm::{Aborter, Spent, trace::Trace},
+    shard::{SharedComm, plan},
+};
+
+pub use training::{Clip, FabricOptimizer};
+
+use crate::{
+    callback::{Callback, Callbacks},
+    environment::Place,
+    error::{Error, Result},
+    launch::{supervise, threads},
+    logger::Logger,
+    model::Core,
+    resolve::{Devices, Precision, Request, Resolved, resolve},
+};
+use world::World;
+
+/// Lightning Fabric's object: made by [`Fabric::builder`], put to work by [`Fabric::launch`]. Clones share everything.
+///
+/// ```
+/// use fabric::{Fabric, ReduceOp};
+///
+/// let fabric = Fabric::builder().accelerator("cpu").devices(2).strategy("ddp").build()?;
+/// let sums = fabric.launch_threads(|fabric| {
+///     let mut mine = vec![fabric.global_rank() as f32 + 1.0; 4];
+///     fabric.all_reduce(&mut mine, ReduceOp::Sum)?;
+///     Ok(mine[0])
+/// })?;
+/// assert_eq!(sums, [3.0, 3.0]);
+/// # Ok::<(), fabric::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct Fabric {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    request: Request,
+    resolved: Resolved,
+    options: plan::Options,
+    world: Mutex<Option<World>>,
+    models: Mutex<Vec<Arc<Core>>>,
+    loggers: Arc<Mutex<Vec<Box<dyn Logger>>>>,
+    callbacks: Arc<Mutex<Callbacks>>,
+    warnings: Mutex<Vec<String>>,
+}
+
+/// Everything that can be chosen; [`Builder::build`] checks it.
+#[derive(Default)]
+pub struct Builder {
+    request: Request,
+    options: plan::Options,
+    loggers: Vec<Box<dyn Logger>>,
+    callbacks: Callbacks,
+    fault: Option<Error>,
+}
+
+impl Builder {
+    /// The accelerator: "cpu", or "auto" (the default).
+    pub fn accelerator(mut self, name: &str) -> Self {
+        self.request.accelerator = Some(name.into());
+        self
+    }
+
+    /// How many processes on this machine; the default is "auto".
+    pub fn devices(mut self, devices: impl Into<Devices>) -> Self {
+        self.request.devices = devices.into();
+        self
+    }
+
+    /// How many processes, from a command line: a number, or "auto".
+    pub fn devices_text(mut self, text: &str) -> Self {
+        match Devices::parse(text) {
+            Ok(devices) => self.request.devices = devices,
+            Err(error) => self.fault = Some(error),
+        }
+        self
+    }
+
+    /// The strategy: "single", "ddp", or "auto" (the default).
+    pub fn strategy(mut self, name: &str) -> Self {
+        self.request.strategy = Some(name.into());
+        self
+    }
+
+    /// The precision: "32-true" (the default) or "64-true".
+    pub fn precision(mut self, name: &str) -> Self {
+        self.request.precision = Some(name.into());
+        self
+    }
+
+    /// How gradients are cut into buckets.
+    pub fn buckets(mut self, options: plan::Options) -> Self {
+        self.options = options;
+        self
+    }
+
+    /// Add a logger. Rank 0 writes to it.
+    pub fn logger(mut self, logger: impl Logger + 'static) -> Self {
+        self.loggers.push(Box::new(logger));
+        self
+    }
+
+    /// Add a callback.
+    pub fn callback(mut self, callback: impl Callback + 'static) -> Self {
+        self.callbacks.add(callback);
+        self
+    }
+
+    /// Check everything.
+    ///
+    /// # Errors
+    /// When a name is unknown, choices contradict each other, or the environment's rank variables are malformed.
+    pub fn build(self) -> Result<Fabric> {
+        if let Some(fault) = self.fault {
+            return Err(fault);
+        }
+        let outside = Place::detect(&|name| std::env::var(name).ok())?.map(|place| place.world);
+        let resolved = resolve(&self.request, outside)?;
+        Ok(Fabric {
+            inner: Arc::new(Inner {
+                request: self.request,
+                resolved,
+                options: self.options,
+                world: Mutex::new(None),
+                models: Mutex::default(),
+                loggers: Arc::new(Mutex::new(self.loggers)),
+                callbacks: Arc::new(Mutex::new(self.callbacks)),
+                warnings: Mutex::default(),
+            }),
+        })
+    }
+}
+
+impl Fabric {
+    /// Begin to choose.
+    pub fn builder() -> Builder {
+        Builder::default()
+    }
+
+    /// Start the ranks and run `body` on each.
+    ///
+    /// With one device, or where a launcher such as torchrun has started the ranks already, `body` runs here and its
+    /// value is returned. With several, this process only supervises: it runs this program again for every rank (each
+    /// of which comes to this line and runs `body`), forwards signals, shows the first failure, leaves no process
+    /// behind, and returns `None`.
+    ///
+    /// Ranks that were started by the supervisor have no standard input.
+    ///
+    /// # Errors
+    /// `body`'s error, or the first failure among the ranks.
+    pub fn launch<T>(&self, body: impl FnOnce(&Self) -> Result<T>) -> Result<Option<T>> {
+        if self.lock_world().is_some() {
+            return body(self).map(Some); // launched before
+        }
+        let place = Place::detect(&|name| std::env::var(name).ok())?;
+        match place {
+            Some(place) => world::as_rank(self, &place, body).map(Some),
+            None if self.inner.resolved.devices == 1 => {
+                *self.lock_world() = Some(World::solo()?);
+                let result = body(self);
+                *self.lock_world() = None;
+                result.map(Some)
+            }
+            None => supervise(self.inner.resolved.devices).map(|()| None),
+        }
+    }
+
+    /// Run `body` on every rank, each a thread of this process: for tests and notebooks. Returns the ranks' values.
+    ///
+    /// # Errors
+    /// The first failure among the ranks.
+    pub fn launch_threads<T: Send>(
+        &self,
+        body: impl Fn(&Self) -> Result<T> + Sync,
+    ) -> Result<Vec<T>> {
+        let count = resolve(&self.inner.request, None)?.devices;
+        let meeting = world::Meeting::new()?;
+        threads::run(count, threads::STACK_BYTES, |rank| {
+            let fabric = self.twin();
+            *fabric.lock_world() = Some(meeting.join(rank, count)?);
+            let result = body(&fabric);
+            fabric.leave(result.as_ref().err());
+            result
+        })
+    }
+
+    /// A Fabric with the same choices that has not been launched.
+    fn twin(&self) -> Self {
+        let inner = &self.inner;
+        Self {
+            inner: Arc::new(Inner {
+                request: inner.request.clone(),
+                resolved: inner.resolved.clone(),
+                options: inner.options.clone(),
+                world: Mutex::new(None),
+                models: Mutex::default(),
+                loggers: inner.loggers.clone(),
+                callbacks: inner.callbacks.clone(),
+                warnings: Mutex::default(),
+            }),
+        }
+    }
+
+    /// Leave the job; with an own error, end it for everybody.
+    fn leave(&self, error: Option<&Error>) {
+        if let Some(world) = self.lock_world().take() {
+            world.leave(error);
+        }
+    }
+
+    /// This process's rank among all; 0 before launch.
+    pub fn global_rank(&self) -> usize {
+        self.lock_world().as_ref().map_or(0, |world| world.rank)
+    }
+
+    /// This process's rank on its machine.
+    pub fn local_rank(&self) -> usize {
+        self.lock_world()
+            .as_ref()
+            .map_or(0, |world| world.local_rank)
+    }
+
+    /// The number of this machine.
+    pub fn node_rank(&self) -> usize {
+        self.lock_world()
+            .as_ref()
+            .map_or(0, |world| world.node_rank)
+    }
+
+    /// How many ranks there are; 1 before launch.
+    pub fn world_size(&self) -> usize {
+        self.lock_world().as_ref().map_or(1, |world| world.size)
+    }
+
+    /// Whether this is the rank that writes files and prints.
+    pub fn is_global_zero(&self) -> bool {
+        self.global_rank() == 0
+    }
+
+    /// The accelerator's name.
+    pub fn accelerator(&self) -> &'static str {
+        self.inner.resolved.accelerator
+    }
+
+    /// The strategy's name.
+    pub fn strategy(&self) -> &'static str {
+        self.inner.resolved.strategy.name
+    }
+
+    /// The precision.
+    pub fn precision(&self) -> Precision {
+        self.inner.resolved.precision
+    }
+
+    /// Each choice with its reason, a line each.
+    pub fn explain(&self) -> String {
+        self.inner.resolved.reasons.join("\n")
+    }
+
+    /// What this rank has sent so far: collectives, messages and bytes, as the communicator counted them.
+    ///
+    /// # Errors
+    /// Before launch.
+    pub fn spent(&self) -> Result<Spent> {
+        Ok(self.comm()?.lock().spent())
+    }
+
+    /// The record of gradients and collectives.
+    ///
+    /// # Errors
+    /// Before launch.
+    pub fn trace(&self) -> Result<Trace> {
+        Ok(self.comm()?.lock().trace())
+    }
+
+    /// A handle that ends the job from any thread.
+    ///
+    /// # Errors
+    /// Before launch.
+    pub fn aborter(&self) -> Result<Aborter> {
+        Ok(self.comm()?.lock().aborter())
+    }
+
+    /// What this rank was warned of so far; each was also printed once.
+    pub fn warnings(&self) -> Vec<String> {
+        lock(&self.inner.warnings).clone()
+    }
+
+    /// The job's communicator.
+    pub(crate) fn comm(&self) -> Result<SharedComm> {
+        let world = self.lock_world();
+        let world = world.as_ref().ok_or_else(|| {
+            Error::argument(
+                "this needs the other ranks, but the job was not launched",
+                "Put the training code into fabric.launch(|fabric| ...)",
+            )
+        })?;
+        Ok(world.comm.clone())
+    }
+
+    fn lock_world(&self) -> MutexGuard<'_, Option<World>> {
+        lock(&self.inner.world)
+    }
+
+    pub(crate) fn warn(&self, text: String) {
+        if self.is_global_zero() {
+            eprintln!("fabric: warning: {text}");
+        }
+        lock(&self.inner.warnings).push(text);
+    }
+}
+
+/// A panic of another thread leaves our lists as they are.
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|held| held.into_inner())
+}

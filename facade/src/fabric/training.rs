@@ -1,0 +1,339 @@
+//! Setting up and stepping: models and optimizers in, backward, clipping, accumulation.
+
+use std::sync::Arc;
+
+use fabric_engine::{
+    kernels,
+    shard::{
+        ParamId,
+        plan::Plan,
+        replicate::{agree, broadcast},
+        sequencer::{Sequencer, Unused},
+    },
+};
+
+use super::{Fabric, lock};
+use crate::{
+    data::{DataLoader, Dataset},
+    error::{Error, Result},
+    model::{Backward, Core, FabricModule, Gradients, Model, mistake},
+    optim::{Optimizer, OptimizerState},
+};
+
+/// How gradients are clipped.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Clip {
+    /// Scale all so that their norm of this order (2.0; `f64::INFINITY` for the largest element) is at most `max`.
+    Norm {
+        /// The largest norm allowed.
+        max: f64,
+        /// The order of the norm.
+        order: f64,
+    },
+    /// Clamp each element to `-value..=value`.
+    Value(f64),
+}
+
+impl Clip {
+    /// By the Euclidean norm.
+    pub fn norm(max: f64) -> Self {
+        Self::Norm { max, order: 2.0 }
+    }
+}
+
+/// An optimizer that was set up: it steps on whole gradients.
+pub struct FabricOptimizer<O: Optimizer> {
+    optimizer: O,
+    core: Arc<Core>,
+    fabric: Fabric,
+}
+
+impl<O: Optimizer> FabricOptimizer<O> {
+    /// Update the parameters, then call `on_after_optimizer_step` on the callbacks.
+    ///
+    /// # Errors
+    /// The optimizer's refusal, or a callback's error.
+    pub fn step(&mut self) -> Result<()> {
+        {
+            let sequencer = self.core.sequencer();
+            self.optimizer
+                .step(&*self.core.model, &Gradients(&sequencer))?;
+        }
+        self.fabric.call("on_after_optimizer_step", &mut ())
+    }
+
+    /// Forget the gradients.
+    pub fn zero_grad(&mut self) {
+        self.core.sequencer().zero_grad();
+    }
+
+    /// The original optimizer.
+    pub fn optimizer(&self) -> &O {
+        &self.optimizer
+    }
+
+    /// The learning rate.
+    pub fn learning_rate(&self) -> f64 {
+        self.optimizer.learning_rate()
+    }
+
+    /// Change the learning rate.
+    pub fn set_learning_rate(&mut self, lr: f64) {
+        self.optimizer.set_learning_rate(lr);
+    }
+
+    pub(crate) fn state(&self) -> Result<OptimizerState> {
+        Ok(self.optimizer.state(&*self.core.model)?)
+    }
+
+    pub(crate) fn load_state(&mut self, state: OptimizerState) -> Result<()> {
+        Ok(self.optimizer.load_state(&*self.core.model, state)?)
+    }
+}
+
+impl Fabric {
+    /// Take in a model and its optimizer: all ranks prove that they built the same model, take rank 0's parameters,
+    /// and from now on average gradients.
+    ///
+    /// # Errors
+    /// Before launch, or when the ranks' models differ (says where).
+    pub fn setup<M: Model, O: Optimizer>(
+        &self,
+        model: M,
+        optimizer: O,
+    ) -> Result<(FabricModule<M>, FabricOptimizer<O>)> {
+        let module = self.setup_module(model)?;
+        let optimizer = self.setup_optimizers(optimizer, &module);
+        self.call("on_after_setup", &mut ())?;
+        Ok((module, optimizer))
+    }
+
+    /// Take in a model alone.
+    ///
+    /// # Errors
+    /// As [`Fabric::setup`].
+    pub fn setup_module<M: Model>(&self, model: M) -> Result<FabricModule<M>> {
+        let comm = self.comm()?;
+        let row = self.inner.resolved.strategy;
+        let params = model.params().to_vec();
+        let plan = Plan::new(row, self.world_size(), params, &self.inner.options)?;
+        if self.world_size() > 1 {
+            agree(&plan, &comm)?;
+            broadcast(&plan, &comm, &mut |param, f| model.with(param, f))?;
+        }
+        let prediction = plan.predict(&**comm.lock());
+        let model = Arc::new(model);
+        let sequencer = Sequencer::new(plan, comm)?;
+        let core = Arc::new(Core::new(model.clone(), sequencer, prediction));
+        model.attach(core.clone());
+        lock(&self.inner.models).push(core.clone());
+        Ok(FabricModule::new(model, core))
+    }
+
+    /// Take in an optimizer for a model that was set up.
+    pub fn setup_optimizers<M: Model, O: Optimizer>(
+        &self,
+        optimizer: O,
+        module: &FabricModule<M>,
+    ) -> FabricOptimizer<O> {
+        FabricOptimizer {
+            optimizer,
+            core: module.core.clone(),
+            fabric: self.clone(),
+        }
+    }
+
+    /// Take in a loader: with several ranks each gets its own share of the samples, newly shuffled every epoch.
+    ///
+    /// # Errors
+    /// Before launch, or when the loader was set up already.
+    pub fn setup_dataloaders<D, B>(&self, loader: DataLoader<D, B>) -> Result<DataLoader<D, B>>
+    where
+        D: Dataset + 'static,
+        B: Send + 'static,
+    {
+        self.comm()?;
+        let mut loader = loader;
+        loader.distribute(self.global_rank(), self.world_size())?;
+        Ok(loader)
+    }
+
+    /// Run backward on a loss. Gradients are averaged over the ranks while it runs, unless inside
+    /// [`Fabric::no_backward_sync`]; when it returns, they are whole.
+    ///
+    /// # Errors
+    /// The library's error, a hook's, or a reduction's: a rank that is gone, or one that does something else.
+    pub fn backward(&self, loss: impl Backward) -> Result<()> {
+        self.backward_scaled(loss, 1.0)
+    }
+
+    /// [`Fabric::backward`] of the loss times `scale`: 1 / micro-batches, when accumulating.
+    ///
+    /// # Errors
+    /// As [`Fabric::backward`].
+    pub fn backward_scaled(&self, loss: impl Backward, scale: f32) -> Result<()> {
+        let cores = lock(&self.inner.models).clone();
+        if cores.is_empty() {
+            return Err(mistake(
+                self.global_rank(),
+                "backward without a model",
+                "Call fabric.setup(model, optimizer) first",
+            )
+            .into());
+        }
+        for core in &cores {
+            core.sequencer().begin(core.syncs())?;
+        }
+        let result = loss.backward(scale);
+        for core in &cores {
+            // One model takes part even when no gradient of it became ready: other ranks may wait for it. Of several,
+            // those that the loss touched.
+            if cores.len() > 1 && !core.sequencer().is_touched() {
+                core.sequencer().cancel();
+                continue;
+            }
+            let finished = core.sequencer().finish();
+            if result.is_ok() || finished.is_err() {
+                self.report(core, finished?);
+            }
+        }
+        Ok(result?)
+    }
+
+    fn report(&self, core: &Core, unused: Option<Unused>) {
+        let unused = unused.or_else(|| {
+            let alone = self.world_size() == 1 && core.syncs();
+            alone.then(|| Unused {
+                everywhere: core.sequencer().unfilled(),
+                somewhere: Vec::new(),
+            })
+        });
+        if let Some(text) = unused.and_then(|unused| core.unused_report(&unused)) {
+            self.warn(text);
+        }
+    }
+
+    /// Run `body` without averaging the gradients of `module`: they accumulate on each rank, and the first backward
+    /// outside averages their sum. With `enabled` false, `body` just runs.
+    ///
+    /// # Errors
+    /// `body`'s.
+    pub fn no_backward_sync<M: Model, T>(
+        &self,
+        module: &FabricModule<M>,
+        enabled: bool,
+        body: impl FnOnce() -> Result<T>,
+    ) -> Result<T> {
+        let before = module.core.syncs();
+        module.core.set_sync(before && !enabled);
+        let restore = Restore {
+            core: &module.core,
+            sync: before,
+        };
+        let result = body();
+        drop(restore);
+        result
+    }
+
+    /// Clip the gradients of `module`. Returns the total norm before clipping, for [`Clip::Norm`].
+    ///
+    /// # Errors
+    /// When the norm is not finite, or the arguments make no sense.
+    pub fn clip_gradients<M: Model>(
+        &self,
+        module: &FabricModule<M>,
+        clip: Clip,
+    ) -> Result<Option<f64>> {
+        let mut sequencer = module.core.sequencer();
+        let params = (0..sequencer.plan().params().len())
+            .map(ParamId)
+            .collect::<Vec<_>>();
+        match clip {
+            Clip::Value(limit) => {
+                for param in params {
+                    if let Some(grad) = sequencer.grad_mut(param) {
+                        kernels::clamp(grad, limit)?;
+                    }
+                }
+                Ok(None)
+            }
+            Clip::Norm { max, order } => {
+                if !(max > 0.0 && (order == 2.0 || order == f64::INFINITY)) {
+                    return Err(Error::argument(
+                        format!("clipping to a norm of {max} and order {order}"),
+                        "Give a positive norm, and the order 2.0 or f64::INFINITY",
+                    ));
+                }
+                let norm = total_norm(&sequencer, &params, order)?;
+                if !norm.is_finite() {
+                    return Err(mistake(
+                        self.global_rank(),
+                        format!("the gradients' norm is {norm}"),
+                        "Look at the loss and the learning rate; an input may hold NaN",
+                    )
+                    .into());
+                }
+                // torch's rule: the 1e-6 keeps the result below the limit.
+                let factor = max / (norm + 1e-6);
+                if factor < 1.0 {
+                    for param in params {
+                        if let Some(grad) = sequencer.grad_mut(param) {
+                            scale(grad, factor)?;
+                        }
+                    }
+                }
+                Ok(Some(norm))
+            }
+        }
+    }
+}
+
+struct Restore<'a> {
+    core: &'a Core,
+    sync: bool,
+}
+
+impl Drop for Restore<'_> {
+    fn drop(&mut self) {
+        self.core.set_sync(self.sync);
+    }
+}
+
+/// The norm over all gradients, in parameter order: the same bits on all ranks, which hold the same gradients.
+fn total_norm(sequencer: &Sequencer, params: &[ParamId], order: f64) -> Result<f64> {
+    let mut total = 0f64;
+    for param in params {
+        let Some(grad) = sequencer.grad(*param) else {
+            continue;
+        };
+        if order == 2.0 {
+            total += kernels::sum_squares(grad)?.sum;
+        } else {
+            let mut copy = vec![0f64; grad.len()];
+            kernels::cast(grad, kernels::SpanMut::of(&mut copy))?;
+            for value in copy {
+                // f64::max would drop a NaN.
+                total = if value.is_nan() {
+                    f64::NAN
+                } else {
+                    total.max(value.abs())
+                };
+                if total.is_nan() {
+                    return Ok(total);
+                }
+            }
+        }
+    }
+    Ok(if order == 2.0 { total.sqrt() } else { total })
+}
+
+fn scale(mut grad: kernels::SpanMut<'_>, factor: f64) -> Result<()> {
+    let mut copy = fabric_engine::buffer::Slab::zeroed(grad.dtype(), grad.len());
+    let all = 0..grad.len();
+    kernels::cast(grad.as_span(), copy.part_mut(all.clone()))?;
+    Ok(kernels::cast_scaled(
+        copy.part(all),
+        grad.reborrow(),
+        factor,
+    )?)
+}

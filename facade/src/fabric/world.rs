@@ -1,0 +1,166 @@
+//! The job as one rank has joined it: alone, as a process among others, or as a thread among others.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr, TcpListener},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use fabric_engine::{
+    clock::Clock,
+    comm::{
+        host::{Host, Options as HostOptions},
+        solo::Solo,
+    },
+    rendezvous::{Control, Member, Options, Secret},
+    shard::SharedComm,
+};
+
+use super::Fabric;
+use crate::{
+    environment::{self, Place},
+    error::{Error, Result},
+    launch,
+};
+
+/// Where this rank stands, and its communicator.
+pub(super) struct World {
+    pub(super) rank: usize,
+    pub(super) size: usize,
+    pub(super) local_rank: usize,
+    pub(super) node_rank: usize,
+    pub(super) comm: SharedComm,
+    control: Option<Control>,
+}
+
+impl World {
+    /// A world of one.
+    pub(super) fn solo() -> Result<Self> {
+        Ok(Self {
+            rank: 0,
+            size: 1,
+            local_rank: 0,
+            node_rank: 0,
+            comm: SharedComm::new(Box::new(Solo::new(Clock::machine()))),
+            control: None,
+        })
+    }
+
+    fn of(member: Member, local_rank: usize, node_rank: usize) -> Result<Self> {
+        let member = Arc::new(member);
+        let host = connect(&member)?;
+        Ok(Self {
+            rank: member.rank(),
+            size: member.world(),
+            local_rank,
+            node_rank,
+            comm: SharedComm::new(Box::new(host)),
+            control: Some(member.control().clone()),
+        })
+    }
+
+    /// Leave; an own error ends the job for everybody, in words.
+    pub(super) fn leave(self, error: Option<&Error>) {
+        if let (Some(control), Some(error)) = (&self.control, error)
+            && !is_from_peer(error)
+        {
+            control.abort(self.rank, error.to_string());
+        }
+    }
+}
+
+pub(super) fn is_from_peer(error: &Error) -> bool {
+    error
+        .engine()
+        .is_some_and(fabric_engine::Error::is_from_peer)
+}
+
+/// The communicator, over the wire that FABRIC_WIRE names or the best one.
+fn connect(member: &Arc<Member>) -> Result<Host> {
+    let mut options = HostOptions::default();
+    if let Ok(text) = std::env::var("FABRIC_TIMEOUT_S") {
+        let seconds = text
+            .parse()
+            .ok()
+            .filter(|seconds| *seconds > 0.0 && *seconds < 1e9);
+        options.deadline = seconds.map(Duration::from_secs_f64).ok_or_else(|| {
+            Error::argument(
+                format!("FABRIC_TIMEOUT_S = '{text}'"),
+                "Give the time-out of a collective in seconds, like 600",
+            )
+        })?;
+    }
+    let wire = std::env::var("FABRIC_WIRE").unwrap_or_else(|_| "auto".into());
+    match wire.as_str() {
+        "auto" | "tcp" => Ok(Host::tcp(member, options)?),
+        _ => Err(Error::argument(
+            format!("FABRIC_WIRE = '{wire}' is not known"),
+            "Choose one of auto, tcp",
+        )),
+    }
+}
+
+/// Join as the rank that the environment names, run `body`, and leave.
+pub(super) fn as_rank<T>(
+    fabric: &Fabric,
+    place: &Place,
+    body: impl FnOnce(&Fabric) -> Result<T>,
+) -> Result<T> {
+    if let Some(pid) = environment::supervisor(&|name| std::env::var(name).ok())? {
+        launch::die_with_supervisor(pid)?;
+    }
+    let result = join(place).and_then(|world| {
+        launch::on_terminate(world.comm.lock().aborter())?;
+        *fabric.lock_world() = Some(world);
+        body(fabric)
+    });
+    if let Err(error) = &result {
+        launch::report_failure(&error.to_string(), is_from_peer(error));
+    }
+    fabric.leave(result.as_ref().err());
+    result
+}
+
+fn join(place: &Place) -> Result<World> {
+    let options = Options::new(place.rank, place.world, place.address, place.secret.clone());
+    let member = match launch::inherited_listener().filter(|_| place.rank == 0) {
+        Some(listener) => Member::host(options, listener)?,
+        None => Member::join(options)?,
+    };
+    World::of(member, place.local_rank, place.node_rank)
+}
+
+/// Where the ranks of [`Fabric::launch_threads`] meet.
+pub(super) struct Meeting {
+    address: SocketAddr,
+    listener: Mutex<Option<TcpListener>>,
+    secret: Secret,
+}
+
+impl Meeting {
+    pub(super) fn new() -> Result<Self> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+        Ok(Self {
+            address: listener.local_addr()?,
+            listener: Mutex::new(Some(listener)),
+            secret: Secret::from_bytes(Secret::random_text()?.as_bytes()),
+        })
+    }
+
+    pub(super) fn join(&self, rank: usize, count: usize) -> Result<World> {
+        if count == 1 {
+            return World::solo();
+        }
+        let options = Options::new(rank, count, self.address, self.secret.clone());
+        let listener = if rank == 0 {
+            super::lock(&self.listener).take()
+        } else {
+            None
+        };
+        let member = match listener {
+            Some(listener) => Member::host(options, listener)?,
+            None => Member::join(options)?,
+        };
+        World::of(member, rank, 0)
+    }
+}

@@ -1,0 +1,211 @@
+//! What a tensor library must offer, and what it gets: an adapter implements [`Model`] and [`Backward`] for its library
+//! and reports gradients to [`Events`]. Nobody's tensor type appears here.
+
+use std::{
+    ops::Deref,
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use fabric_engine::{
+    Error as EngineError, Result as EngineResult,
+    buffer::Buffer,
+    comm::Spent,
+    kernels::Span,
+    shard::{
+        plan::Plan,
+        sequencer::{Sequencer, Unused},
+    },
+};
+
+pub use fabric_engine::shard::{ParamId, ParamMeta, sequencer::Keep};
+
+/// A model as Fabric sees it: parameters that can be reached, and that report their gradients.
+pub trait Model: Send + Sync + 'static {
+    /// All parameters in registration order, frozen ones too. The same on all ranks, and always.
+    fn params(&self) -> &[ParamMeta];
+
+    /// Call `f` with the memory of one parameter.
+    ///
+    /// # Errors
+    /// What `f` returns, or the library's refusal.
+    fn with(
+        &self,
+        param: ParamId,
+        f: &mut dyn FnMut(&mut dyn Buffer) -> EngineResult<()>,
+    ) -> EngineResult<()>;
+
+    /// Where gradients are to be reported from now on. Called once, by `fabric.setup`.
+    fn attach(&self, events: Arc<dyn Events>);
+
+    /// What to tell a user whose parameter got no gradient: the library's usual reasons.
+    fn unused_hint(&self) -> &str {
+        "Check that the loss depends on it, or freeze it"
+    }
+}
+
+/// Who is told that a gradient is ready: during the library's own backward where it has hooks (communication then
+/// overlaps), or afterwards, last parameter first, where it has none.
+pub trait Events: Send + Sync {
+    /// The gradient of `param` is complete. The buffer is lent for the call; [`Keep`] says whether the library may drop
+    /// its own copy.
+    ///
+    /// # Errors
+    /// When the gradient does not fit or a reduction failed. The error is kept and returned by `fabric.backward`, so
+    /// that a hook that cannot return it may ignore it.
+    fn ready(&self, param: ParamId, grad: &dyn Buffer) -> EngineResult<Keep>;
+}
+
+/// A loss: what `fabric.backward` is called with.
+pub trait Backward {
+    /// Run the library's backward on the loss times `scale`, reporting gradients to the models' [`Events`].
+    ///
+    /// # Errors
+    /// The library's refusal.
+    fn backward(self, scale: f32) -> EngineResult<()>;
+}
+
+/// A model that was set up. It is the model (`Deref`), plus its place in the job.
+pub struct FabricModule<M: Model> {
+    model: Arc<M>,
+    pub(crate) core: Arc<Core>,
+}
+
+impl<M: Model> FabricModule<M> {
+    pub(crate) fn new(model: Arc<M>, core: Arc<Core>) -> Self {
+        Self { model, core }
+    }
+
+    /// The original model.
+    pub fn module(&self) -> &M {
+        &self.model
+    }
+
+    /// The original model, shared.
+    pub fn module_arc(&self) -> Arc<M> {
+        self.model.clone()
+    }
+
+    /// The plan by which its gradients travel.
+    pub fn plan(&self) -> Plan {
+        self.core.sequencer().plan().clone()
+    }
+
+    /// What one synchronised backward costs this rank, predicted from the plan: collectives, messages and bytes sent.
+    pub fn prediction(&self) -> Spent {
+        self.core.prediction
+    }
+
+    /// A copy of a parameter's gradient as f32, if it has one: for tests and for logging.
+    pub fn grad(&self, param: ParamId) -> Option<Vec<f32>> {
+        let sequencer = self.core.sequencer();
+        let grad = sequencer.grad(param)?;
+        let mut copy = vec![0f32; grad.len()];
+        fabric_engine::kernels::cast(grad, fabric_engine::kernels::SpanMut::of(&mut copy)).ok()?;
+        Some(copy)
+    }
+
+    /// Forget the gradients of all parameters.
+    pub fn zero_grad(&self) {
+        self.core.sequencer().zero_grad();
+    }
+}
+
+impl<M: Model> Deref for FabricModule<M> {
+    type Target = M;
+    fn deref(&self) -> &M {
+        &self.model
+    }
+}
+
+/// The gradients that an optimizer reads: whole, the same on all ranks.
+pub struct Gradients<'a>(pub(crate) &'a Sequencer);
+
+impl Gradients<'_> {
+    /// The gradient of one parameter (in the reduce dtype), or `None` when it has none.
+    pub fn get(&self, param: ParamId) -> Option<Span<'_>> {
+        self.0.grad(param)
+    }
+}
+
+/// One set-up model's place in the job: the sequencer behind one mutex, and what hooks report to.
+pub(crate) struct Core {
+    pub(crate) model: Arc<dyn Model>,
+    sequencer: Mutex<Sequencer>,
+    pub(crate) prediction: Spent,
+    sync: AtomicBool,
+    reported: AtomicBool,
+}
+
+impl Core {
+    pub(crate) fn new(model: Arc<dyn Model>, sequencer: Sequencer, prediction: Spent) -> Self {
+        let (sync, reported) = (AtomicBool::new(true), AtomicBool::new(false));
+        Self {
+            model,
+            sequencer: Mutex::new(sequencer),
+            prediction,
+            sync,
+            reported,
+        }
+    }
+
+    pub(crate) fn sequencer(&self) -> MutexGuard<'_, Sequencer> {
+        // A panic in a hook leaves the sequencer in its phase, which the next begin() refuses.
+        self.sequencer
+            .lock()
+            .unwrap_or_else(|held| held.into_inner())
+    }
+
+    pub(crate) fn syncs(&self) -> bool {
+        self.sync.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_sync(&self, sync: bool) {
+        self.sync.store(sync, Ordering::Relaxed);
+    }
+
+    /// What to say about parameters without a gradient: once, after the first synchronised backward that has some.
+    pub(crate) fn unused_report(&self, unused: &Unused) -> Option<String> {
+        if (unused.everywhere.is_empty() && unused.somewhere.is_empty())
+            || self.reported.swap(true, Ordering::Relaxed)
+        {
+            return None;
+        }
+        let mut text = String::new();
+        let names = |params: &[ParamId]| {
+            let name = |param: &ParamId| format!("'{}'", self.model.params()[param.0].name);
+            params.iter().map(name).collect::<Vec<_>>().join(", ")
+        };
+        if !unused.everywhere.is_empty() {
+            text += &format!(
+                "no gradient reached {} on any rank: an optimizer will not move them. {}. ",
+                names(&unused.everywhere),
+                self.model.unused_hint()
+            );
+        }
+        if !unused.somewhere.is_empty() {
+            text += &format!(
+                "no gradient reached {} on some of the ranks: there it counted as zero. ",
+                names(&unused.somewhere)
+            );
+        }
+        Some(text + "This is said once")
+    }
+}
+
+impl Events for Core {
+    fn ready(&self, param: ParamId, grad: &dyn Buffer) -> EngineResult<Keep> {
+        self.sequencer().ready(param, grad)
+    }
+}
+
+/// A mistake about models, for errors of this crate.
+pub(crate) fn mistake(
+    rank: usize,
+    what: impl Into<String>,
+    hint: impl Into<String>,
+) -> EngineError {
+    EngineError::model(rank, what, hint)
+}
