@@ -2,9 +2,7 @@
 //! Every operation in it has a backward.
 
 use candle_core::{Device, Result, Tensor};
-use candle_nn::{
-    Embedding, Init, Linear, Module, RmsNorm, VarBuilder, embedding, linear_no_bias, ops, rms_norm,
-};
+use candle_nn::{Init, Linear, Module, RmsNorm, VarBuilder, ops, rms_norm};
 
 /// Sizes of a model.
 #[derive(Clone, Copy, Debug)]
@@ -19,8 +17,8 @@ pub struct Config {
 pub const BYTES: usize = 256;
 
 pub struct Gpt {
-    tokens: Tensor, // f32[BYTES, width]: the embedding, and the head
-    positions: Embedding,
+    tokens: Tensor,    // f32[BYTES, width]: the embedding, and the head
+    positions: Tensor, // f32[context, width]
     blocks: Vec<Block>,
     norm: RmsNorm,
     mask: Tensor, // f32[context, context]: 0 where a byte may look, -inf where it may not
@@ -43,7 +41,7 @@ impl Gpt {
             stdev: 0.02,
         };
         let tokens = vb.get_with_hints((BYTES, config.width), "tokens", normal)?;
-        let positions = embedding(config.context, config.width, vb.pp("positions"))?;
+        let positions = vb.get_with_hints((config.context, config.width), "positions", normal)?;
         let block = |layer: usize| Block::new(config, vb.pp(format!("block.{layer}")));
         let blocks = (0..config.layers).map(block).collect::<Result<_>>()?;
         let norm = rms_norm(config.width, 1e-5, vb.pp("norm"))?;
@@ -71,12 +69,11 @@ impl Gpt {
     pub fn logits(&self, input: &Tensor) -> Result<Tensor> {
         let (batch, time) = input.dims2()?;
         let width = self.tokens.dim(1)?;
-        let positions = Tensor::arange(0u32, time as u32, input.device())?;
         let mut x = self
             .tokens
             .index_select(&input.flatten_all()?, 0)?
             .reshape((batch, time, width))?
-            .broadcast_add(&self.positions.forward(&positions)?)?;
+            .broadcast_add(&self.positions.narrow(0, 0, time)?)?;
         let mask = self.mask.narrow(0, 0, time)?.narrow(1, 0, time)?;
         for block in &self.blocks {
             x = block.forward(&x, &mask)?;
@@ -96,13 +93,15 @@ impl Gpt {
 impl Block {
     fn new(config: &Config, vb: VarBuilder) -> Result<Self> {
         let width = config.width;
+        // GPT-2's rule: what is added to the stream 2 x layers times starts smaller.
+        let into_stream = 0.02 / (2.0 * config.layers as f64).sqrt();
         Ok(Self {
             norm1: rms_norm(width, 1e-5, vb.pp("norm1"))?,
-            query_key_value: linear_no_bias(width, 3 * width, vb.pp("query_key_value"))?,
-            project: linear_no_bias(width, width, vb.pp("project"))?,
+            query_key_value: linear(width, 3 * width, 0.02, vb.pp("query_key_value"))?,
+            project: linear(width, width, into_stream, vb.pp("project"))?,
             norm2: rms_norm(width, 1e-5, vb.pp("norm2"))?,
-            up: linear_no_bias(width, 4 * width, vb.pp("up"))?,
-            down: linear_no_bias(4 * width, width, vb.pp("down"))?,
+            up: linear(width, 4 * width, 0.02, vb.pp("up"))?,
+            down: linear(4 * width, width, into_stream, vb.pp("down"))?,
             heads: config.heads,
         })
     }
@@ -129,6 +128,12 @@ impl Block {
         self.project
             .forward(&mixed.transpose(1, 2)?.reshape((batch, time, width))?)
     }
+}
+
+fn linear(input: usize, output: usize, stdev: f64, vb: VarBuilder) -> Result<Linear> {
+    let init = Init::Randn { mean: 0.0, stdev };
+    let weight = vb.get_with_hints((output, input), "weight", init)?;
+    Ok(Linear::new(weight, None))
 }
 
 /// Windows of `context + 1` bytes as (input, target), both u32[windows, context].
