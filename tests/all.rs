@@ -2,6 +2,7 @@
 
 mod exhaustive;
 mod parity;
+mod process;
 mod ranks;
 mod sim;
 mod strangers;
