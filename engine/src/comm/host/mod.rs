@@ -1,6 +1,7 @@
 //! Collectives between host memories: a queue, a thread that works it off in order, and an executor that runs schedules
 //! over a wire. A blocking call on an idle communicator skips the queue and runs on the caller's own thread.
 
+mod math;
 mod messages;
 
 use std::{
