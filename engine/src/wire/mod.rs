@@ -3,6 +3,7 @@
 
 pub mod frame;
 pub mod ledger;
+pub(crate) mod shm;
 pub mod tcp;
 
 use std::time::Duration;

@@ -57,6 +57,14 @@ impl Messages {
         }
     }
 
+    pub(super) fn rank(&self) -> usize {
+        self.wire.rank()
+    }
+
+    pub(super) fn size(&self) -> usize {
+        self.wire.size()
+    }
+
     /// Do `call`; also says what it cost, as the wire counted it.
     pub(super) fn run(
         &mut self,
