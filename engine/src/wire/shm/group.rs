@@ -1,4 +1,10 @@
 //! The ranks that share memory: everybody's arena, and the step in which all meet.
+//!
+//! [Note: how to wait] A rank spins for some microseconds, yields its core a few times, and then sleeps. With more ranks
+//! than cores it never spins. With enough cores it may still share one with the rank it waits for, because others use
+//! the machine; then spinning only delays that rank, and what helps is the yield. So a wait that ends with a yield halves
+//! the next one's spins, and a wait that ends while spinning doubles them. (Two ranks, 1 KiB all_reduce, both on one core
+//! of a loaded machine: 17 us with 200 spins always, 60 us with 1000; 1.5 us on two idle cores.)
 
 use std::{sync::Arc, time::Duration};
 
@@ -15,7 +21,8 @@ use crate::{
 
 const NAP: Duration = Duration::from_millis(20); // how often a sleeper looks at the signal and the deadline
 const GRACE: Duration = Duration::from_secs(1); // how long a failed peer's own words may take
-const SPINS: u32 = 200; // some microseconds
+const SPINS: u32 = 200; // at most: some 8 us
+const FEW_SPINS: u32 = 8;
 const YIELDS: u32 = 4;
 
 /// In place of an offset: these elements are in memory that peers cannot reach.
@@ -67,7 +74,8 @@ pub(crate) struct Group {
     own: Arc<Arena>,
     peers: Vec<Option<Mapping>>, // none for this rank
     vigil: Vigil,
-    spins: u32,
+    most_spins: u32,
+    spins: u32, // of the next wait
     step: u32,
     notes: Vec<Note>,    // of the last step, by rank
     pending: Vec<usize>, // peers that have not come to this step yet
@@ -83,13 +91,15 @@ impl Group {
         vigil: Vigil,
         crowded: bool,
     ) -> Self {
+        let most_spins = if crowded { 0 } else { SPINS };
         Self {
             rank,
             own,
             pending: Vec::with_capacity(peers.len()),
             peers,
             vigil,
-            spins: if crowded { 0 } else { SPINS },
+            most_spins,
+            spins: most_spins,
             step: 0,
             notes: Vec::new(),
         }
@@ -141,6 +151,7 @@ impl Group {
         loop {
             self.look(note)?;
             let Some(&first) = self.pending.first() else {
+                self.learn(turns);
                 return Ok(());
             };
             turns += 1;
@@ -170,6 +181,16 @@ impl Group {
     /// This rank comes no more; wakes all that wait for it.
     pub(crate) fn fail(&self) {
         self.own.mapping().control().fail();
+    }
+
+    /// [Note: how to wait]
+    fn learn(&mut self, turns: u32) {
+        let few = FEW_SPINS.min(self.most_spins);
+        if turns > self.spins && turns <= self.spins + YIELDS {
+            self.spins = (self.spins / 2).max(few);
+        } else if turns > 0 && turns <= self.spins {
+            self.spins = (self.spins * 2).min(self.most_spins);
+        }
     }
 
     /// Take the notes of those that have come since the last look.
