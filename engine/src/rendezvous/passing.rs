@@ -302,3 +302,81 @@ fn machine() -> String {
     };
     read().unwrap_or_else(|error| format!("unknown, process {}: {error}", std::process::id()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GROUP: [usize; 2] = [0, 1];
+
+    fn party(rank: usize, secret: u8, name: [u8; 32]) -> Party<'static> {
+        Party {
+            rank,
+            group: &GROUP,
+            key: [secret; 32],
+            name,
+        }
+    }
+
+    /// One rank serves, and another asks it, as the rank that it says to be.
+    fn asks(client: Party<'_>, secret: u8) -> io::Result<OwnedFd> {
+        let name = random().unwrap();
+        let server = party(0, secret, name);
+        let listener = listen(&name).unwrap();
+        let fd = std::fs::File::open("/proc/self/exe").unwrap();
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| server.serve(&listener, fd.as_fd(), &done));
+            let answer = client.ask(0, &name);
+            done.store(true, Ordering::Release);
+            answer
+        })
+    }
+
+    #[test]
+    fn a_descriptor_reaches_who_knows_the_secret() {
+        let fd = asks(party(1, 7, [0; 32]), 7).unwrap();
+        let stat = rustix::fs::fstat(fd).unwrap();
+        let own = rustix::fs::stat("/proc/self/exe").unwrap();
+        assert_eq!((stat.st_dev, stat.st_ino), (own.st_dev, own.st_ino));
+    }
+
+    #[test]
+    fn another_secret_or_rank_gets_nothing() {
+        assert!(asks(party(1, 8, [0; 32]), 7).is_err());
+        assert!(asks(party(2, 7, [0; 32]), 7).is_err());
+    }
+
+    #[test]
+    fn garbage_is_dropped_and_the_next_is_served() {
+        let name = random().unwrap();
+        let server = party(0, 7, name);
+        let listener = listen(&name).unwrap();
+        let fd = std::fs::File::open("/proc/self/exe").unwrap();
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| server.serve(&listener, fd.as_fd(), &done));
+            let mut stranger = UnixStream::connect_addr(&address(&name).unwrap()).unwrap();
+            stranger.write_all(&[0x47; HELLO_BYTES + MAC]).unwrap();
+            let end = stranger.read(&mut [0; MAC]);
+            assert!(!matches!(end, Ok(bytes) if bytes > 0));
+            let answer = party(1, 7, [0; 32]).ask(0, &name);
+            done.store(true, Ordering::Release);
+            answer.unwrap();
+        });
+    }
+
+    #[test]
+    fn a_server_that_does_not_know_the_secret_is_refused() {
+        let name = random().unwrap();
+        let listener = UnixListener::bind_addr(&address(&name).unwrap()).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let (mut stream, _) = listener.accept().unwrap();
+                stream.read_exact(&mut [0; HELLO_BYTES + MAC]).unwrap();
+                stream.write_all(&[9; MAC]).unwrap();
+            });
+            assert!(party(1, 7, [0; 32]).ask(0, &name).is_err());
+        });
+    }
+}
