@@ -143,10 +143,10 @@ impl Arena {
     }
 
     fn of_size(bytes: usize) -> io::Result<(Arc<Self>, OwnedFd)> {
-        let fd = memfd_create(
-            "fabric-arena",
-            MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING,
-        )?;
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        // Some systems allow only memory that cannot be executed; kernels before 6.3 do not know the word.
+        let fd = memfd_create("fabric-arena", flags | MemfdFlags::NOEXEC_SEAL)
+            .or_else(|_| memfd_create("fabric-arena", flags))?;
         if bytes < SMALLEST {
             return Err(io::Error::other(format!(
                 "only {bytes} bytes may be reserved"
