@@ -18,6 +18,7 @@ use crate::{
     buffer::Slab,
     error::{Error, Result},
     rendezvous::Control,
+    schedule::Kind,
     signal::Signal,
     wire::frame::{OpCode, ReduceCode},
 };
@@ -103,6 +104,22 @@ impl Op {
             Self::Broadcast { .. } => (OpCode::Broadcast, ReduceCode::None),
             Self::Barrier => (OpCode::Barrier, ReduceCode::None),
         }
+    }
+
+    /// What a schedule calls it.
+    pub(crate) fn kind(self) -> Kind {
+        match self {
+            Self::AllReduce(_) => Kind::AllReduce,
+            Self::ReduceScatter(_) => Kind::ReduceScatter,
+            Self::AllGather => Kind::AllGather,
+            Self::Broadcast { root } => Kind::Broadcast { root },
+            Self::Barrier => Kind::Barrier,
+        }
+    }
+
+    /// Whether each rank's elements are changed before they are folded.
+    pub(crate) fn is_lifted(self) -> bool {
+        matches!(self.reduce(), Some(ReduceOp::PreMulSum(_)))
     }
 
     /// The reduction, where there is one.

@@ -55,6 +55,11 @@ impl Secret {
         Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
     }
 
+    /// A key for one purpose, which tells nothing about the keys for others.
+    pub(super) fn key_for(&self, purpose: &'static str) -> [u8; 32] {
+        blake3::derive_key(purpose, &self.key)
+    }
+
     /// Whether there is a secret at all.
     pub fn is_given(&self) -> bool {
         self.given
@@ -237,7 +242,7 @@ fn hash(bytes: &[u8]) -> blake3::Hash {
     blake3::Hash::from_bytes(bytes.try_into().expect("the length of a MAC"))
 }
 
-fn random() -> Result<[u8; NONCE]> {
+pub(super) fn random() -> Result<[u8; NONCE]> {
     let mut bytes = [0; NONCE];
     getrandom::fill(&mut bytes).map_err(|error| {
         Error::argument(

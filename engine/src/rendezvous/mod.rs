@@ -9,6 +9,7 @@ mod handshake;
 mod hub;
 mod line;
 mod mesh;
+mod passing;
 
 use std::{
     collections::HashMap,

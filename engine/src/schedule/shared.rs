@@ -31,6 +31,27 @@ pub enum Shared {
     },
 }
 
+impl Problem {
+    /// The part of the full vector that a rank's Input holds.
+    pub fn input(&self, rank: Rank) -> Range<usize> {
+        match self.kind {
+            Kind::AllReduce | Kind::ReduceScatter => 0..self.elems(),
+            Kind::AllGather => self.slices[rank].clone(),
+            Kind::Broadcast { root } if rank == root => 0..self.elems(),
+            Kind::Broadcast { .. } | Kind::Barrier => 0..0,
+        }
+    }
+
+    /// The part of the full vector that a rank's Output holds.
+    pub fn output(&self, rank: Rank) -> Range<usize> {
+        match self.kind {
+            Kind::AllReduce | Kind::AllGather | Kind::Broadcast { .. } => 0..self.elems(),
+            Kind::ReduceScatter => self.slices[rank].clone(),
+            Kind::Barrier => 0..0,
+        }
+    }
+}
+
 /// What `rank` does to solve `problem` in shared memory. The first `Sync` says that all inputs are ready and all
 /// outputs may be written, the last that all outputs are.
 pub fn shared(problem: &Problem, rank: Rank) -> Vec<Shared> {

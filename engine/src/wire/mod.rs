@@ -1,8 +1,10 @@
 //! Bytes between two ranks. A wire has one verb, [`Wire::exchange`]: everything that one round of a schedule sends and
-//! receives, in flight at once. What the bytes mean is the communicator's business.
+//! receives, in flight at once. What the bytes mean is the communicator's business. Shared memory (`shm`) needs no
+//! messages and is no [`Wire`]: its ranks meet, and load and store for themselves.
 
 pub mod frame;
 pub mod ledger;
+pub(crate) mod shm;
 pub mod sim;
 pub mod tcp;
 

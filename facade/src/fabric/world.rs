@@ -92,10 +92,17 @@ fn connect(member: &Arc<Member>) -> Result<Host> {
     }
     let wire = std::env::var("FABRIC_WIRE").unwrap_or_else(|_| "auto".into());
     match wire.as_str() {
-        "auto" | "tcp" => Ok(Host::tcp(member, options)?),
+        "auto" => Ok(Host::best(member, options)?),
+        "tcp" => Ok(Host::tcp(member, options)?),
+        "shm" => Host::shm(member, options)?.ok_or_else(|| {
+            Error::argument(
+                "FABRIC_WIRE = 'shm', but these ranks cannot share memory",
+                "Use FABRIC_WIRE=auto, or start all ranks on one machine, as one user, in one container",
+            )
+        }),
         _ => Err(Error::argument(
             format!("FABRIC_WIRE = '{wire}' is not known"),
-            "Choose one of auto, tcp",
+            "Choose one of auto, shm, tcp",
         )),
     }
 }

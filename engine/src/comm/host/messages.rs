@@ -3,9 +3,12 @@
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use fabric_kernels::{self as kernels, Dtype, Fold, KernelError};
+use fabric_kernels::Dtype;
 
-use super::super::{Call, Data, Op, ReduceOp, Spent};
+use super::{
+    super::{Call, Data, Op, ReduceOp, Spent},
+    math::{Action, Math},
+};
 use crate::{
     buffer::{Piece, Slab, carve},
     error::{Error, Result},
@@ -52,6 +55,14 @@ impl Messages {
             plans: HashMap::new(),
             pool: Vec::new(),
         }
+    }
+
+    pub(super) fn rank(&self) -> usize {
+        self.wire.rank()
+    }
+
+    pub(super) fn size(&self) -> usize {
+        self.wire.size()
     }
 
     /// Do `call`; also says what it cost, as the wire counted it.
@@ -105,14 +116,7 @@ impl Messages {
     }
 
     fn plan(&mut self, op: Op, dtype: Dtype, numel: usize) -> Arc<Plan> {
-        let kind = match op {
-            Op::AllReduce(_) => Kind::AllReduce,
-            Op::ReduceScatter(_) => Kind::ReduceScatter,
-            Op::AllGather => Kind::AllGather,
-            Op::Broadcast { root } => Kind::Broadcast { root },
-            Op::Barrier => Kind::Barrier,
-        };
-        let lifted = matches!(op.reduce(), Some(ReduceOp::PreMulSum(_)));
+        let (kind, lifted) = (op.kind(), op.is_lifted());
         let root = if let Op::Broadcast { root } = op {
             root
         } else {
@@ -152,14 +156,6 @@ impl Messages {
             None => Slab::zeroed(dtype, numel),
         }
     }
-}
-
-/// What the arithmetic of one call needs to know.
-struct Math<'a> {
-    rank: usize,
-    size: usize,
-    reduce: ReduceOp,
-    stamp: &'a Stamp,
 }
 
 /// All memory of one call, laid out so that a schedule's regions find their slab.
@@ -316,45 +312,6 @@ impl Board {
                 .map_err(Error::kernel(math.rank, math.stamp.to_string()))?;
         }
         Ok(())
-    }
-}
-
-/// What happens to elements on their way from one place to another.
-#[derive(Clone, Copy)]
-enum Action {
-    Cast,
-    Scale(f64),
-    Divide(u64),
-    Fold(Fold),
-}
-
-impl Action {
-    fn apply(self, into: kernels::SpanMut<'_>, from: kernels::Span<'_>) -> Result<(), KernelError> {
-        match self {
-            Self::Cast => kernels::cast(from, into),
-            Self::Scale(factor) => kernels::cast_scaled(from, into, factor),
-            Self::Divide(by) => kernels::divide(from, into, by),
-            Self::Fold(op) => kernels::fold(op, into, from),
-        }
-    }
-}
-
-impl Math<'_> {
-    /// From the buffer's type to the accumulator's.
-    fn lift(&self) -> Action {
-        match self.reduce {
-            ReduceOp::PreMulSum(factor) => Action::Scale(factor),
-            _ => Action::Cast,
-        }
-    }
-
-    /// From the accumulator's type to the buffer's: what the owner of an element does once.
-    fn finish(&self) -> Action {
-        match self.reduce {
-            ReduceOp::Avg if self.stamp.dtype.is_float() => Action::Scale(1.0 / self.size as f64),
-            ReduceOp::Avg => Action::Divide(self.size as u64),
-            _ => Action::Cast,
-        }
     }
 }
 

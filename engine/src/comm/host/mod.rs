@@ -1,9 +1,14 @@
 //! Collectives between host memories: a queue, a thread that works it off in order, and an executor that runs schedules
 //! over a wire. A blocking call on an idle communicator skips the queue and runs on the caller's own thread.
 
+mod math;
 mod messages;
+mod shared;
+#[cfg(test)]
+mod tests;
 
 use std::{
+    os::fd::AsFd,
     sync::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
@@ -26,9 +31,16 @@ use crate::{
     rendezvous::{Control, Member},
     schedule::choose::{Tuning, WireKind},
     signal::Signal,
-    wire::{Vigil, Wire, frame::Stamp, ledger::Ledger, tcp::Tcp},
+    wire::{
+        Vigil, Wire,
+        frame::Stamp,
+        ledger::Ledger,
+        shm::{Arena, Group, Mapping},
+        tcp::Tcp,
+    },
 };
 use messages::Messages;
+use shared::SharedMemory;
 
 const QUEUE: usize = 1024; // operations that may wait; more block the caller
 const GRACE: Duration = Duration::from_secs(1); // how long a broken connection waits for the hub's fuller story
@@ -42,6 +54,9 @@ pub struct Options {
     pub tuning: Tuning,
     /// The clock.
     pub clock: Clock,
+    /// How many bytes of address space a rank's shared memory may take: an upper bound on all slabs that peers reach
+    /// without a copy. What is not touched costs nothing.
+    pub arena_bytes: usize,
 }
 
 impl Default for Options {
@@ -50,6 +65,7 @@ impl Default for Options {
             deadline: Duration::from_secs(600),
             tuning: Tuning::default(),
             clock: Clock::machine(),
+            arena_bytes: 16 << 30,
         }
     }
 }
@@ -70,6 +86,42 @@ struct Family {
     group: Vec<usize>, // world ranks
     name: String,
     children: u32,
+    reach: Reach,
+}
+
+/// Which wires a group may take.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Reach {
+    Tcp,
+    Best,
+}
+
+/// What runs schedules.
+enum Executor {
+    Messages(Messages),
+    Shared(SharedMemory),
+}
+
+impl Executor {
+    fn run(
+        &mut self,
+        stamp: &Stamp,
+        call: &Call,
+        data: Data,
+        deadline: Duration,
+    ) -> Result<(Data, Spent)> {
+        match self {
+            Self::Messages(messages) => messages.run(stamp, call, data, deadline),
+            Self::Shared(shared) => shared.run(stamp, call, data, deadline),
+        }
+    }
+
+    fn price(&mut self, op: Op, dtype: Dtype, numel: usize) -> Spent {
+        match self {
+            Self::Messages(messages) => messages.price(op, dtype, numel),
+            Self::Shared(shared) => shared.price(op, dtype, numel),
+        }
+    }
 }
 
 struct Shared {
@@ -80,7 +132,9 @@ struct Shared {
     ledger: Ledger,
     control: Option<Control>,
     trace: Trace,
-    executor: Mutex<Messages>,
+    kind: WireKind,
+    arena: Option<Arc<Arena>>, // where slabs come from, when peers can reach them
+    executor: Mutex<Executor>,
     spent: Mutex<Spent>,
 }
 
@@ -97,19 +151,92 @@ impl Host {
     /// # Errors
     /// When a rank cannot be reached, or the ranks' tuning tables differ.
     pub fn tcp(member: &Arc<Member>, options: Options) -> Result<Self> {
-        let world = (0..member.world()).collect::<Vec<_>>();
-        let tables = member.swap("fabric/tuning", &options.tuning.hash().to_le_bytes())?;
-        if let Some(peer) = tables
-            .iter()
-            .position(|hash| *hash != tables[member.rank()])
-        {
-            return Err(Error::rendezvous(
-                member.rank(),
-                format!("rank {peer} has another tuning table"),
-                "Give all ranks the same FABRIC_TUNING, or none",
-            ));
+        agree(member, &options)?;
+        Self::tcp_group(member, everybody(member), "world".into(), options)
+    }
+
+    /// Connect all ranks of the job through memory that all of them map; `None`, on all ranks alike, when that cannot
+    /// be done because they are on different machines, or in different containers, or the system refuses.
+    ///
+    /// # Errors
+    /// When a rank cannot be reached, or the ranks' tuning tables differ.
+    pub fn shm(member: &Arc<Member>, options: Options) -> Result<Option<Self>> {
+        agree(member, &options)?;
+        let (made, _) = Self::shm_group(member, everybody(member), "world".into(), options)?;
+        Ok(made.ok())
+    }
+
+    /// Connect all ranks of the job by the fastest wire that reaches all of them: shared memory, or else TCP.
+    ///
+    /// # Errors
+    /// When a rank cannot be reached, or the ranks' tuning tables differ.
+    pub fn best(member: &Arc<Member>, options: Options) -> Result<Self> {
+        agree(member, &options)?;
+        Self::best_group(member, everybody(member), "world".into(), options)
+    }
+
+    fn best_group(
+        member: &Arc<Member>,
+        group: Vec<usize>,
+        name: String,
+        options: Options,
+    ) -> Result<Self> {
+        let rank = member.rank();
+        let (made, everywhere) =
+            Self::shm_group(member, group.clone(), name.clone(), options.clone())?;
+        match made {
+            Ok(host) => {
+                tracing::info!(rank, group = name, wire = "shm", "all ranks share memory");
+                if !everywhere {
+                    member.connect(&name, &[])?; // another group of this split needs the whole world to swap addresses
+                }
+                Ok(host)
+            }
+            Err(why) => {
+                tracing::info!(rank, group = name, wire = "tcp", why, "no shared memory");
+                Self::tcp_group(member, group, name, options).map(|mut host| {
+                    if let Some(family) = &mut host.family {
+                        family.reach = Reach::Best;
+                    }
+                    host
+                })
+            }
         }
-        Self::tcp_group(member, world, "world".into(), options)
+    }
+
+    /// The communicator, or why there is none, which all ranks of the group agree on; and whether all groups of the
+    /// world have theirs.
+    fn shm_group(
+        member: &Arc<Member>,
+        group: Vec<usize>,
+        name: String,
+        options: Options,
+    ) -> Result<(Result<Self, String>, bool)> {
+        let rank = place(member, &group);
+        let made = Arena::new(options.arena_bytes).map_err(|e| format!("no shared memory: {e}"));
+        let own = made
+            .as_ref()
+            .map(|(_, fd)| fd.as_fd())
+            .map_err(Clone::clone);
+        let mut peers = (0..group.len()).map(|_| None).collect::<Vec<_>>();
+        let passed = member.pass(&name, &group, own, &mut |index, fd| {
+            peers[index] = Some(Mapping::of_peer(&fd)?);
+            Ok(())
+        })?;
+        let arena = match (passed.outcome, made) {
+            (Ok(()), Ok((arena, _))) => arena,
+            (Err(why), _) | (Ok(()), Err(why)) => return Ok((Err(why), passed.everywhere)),
+        };
+        let vigil = watch(member, &group, &options);
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let crowded = passed.neighbours > cores;
+        let shared = Group::new(rank, arena.clone(), peers, vigil.clone(), crowded);
+        let executor = Executor::Shared(SharedMemory::new(shared));
+        let control = Some(member.control().clone());
+        let kind = WireKind::Shm;
+        let mut host = Self::start(executor, kind, Some(arena), vigil, options, control)?;
+        host.family = Some(Family::new(member, group, name, Reach::Best));
+        Ok((Ok(host), passed.everywhere))
     }
 
     fn tcp_group(
@@ -119,37 +246,17 @@ impl Host {
         options: Options,
     ) -> Result<Self> {
         let peers = member.connect(&name, &group)?;
-        let rank = group
-            .iter()
-            .position(|rank| *rank == member.rank())
-            .expect("a rank is in its own group");
-        let control = member.control();
-        let whole = group.len() == member.world();
-        let ledger = if whole {
-            control.ledger().clone()
-        } else {
-            Ledger::new(rank, group.len())
-        };
-        let vigil = Vigil {
-            clock: options.clock.clone(),
-            signal: control.signal().clone(),
-            ledger,
-        };
+        let rank = place(member, &group);
+        let vigil = watch(member, &group, &options);
         let wire = Tcp::new(rank, peers, vigil.clone())?;
-        let family = Family {
-            member: member.clone(),
-            group,
-            name,
-            children: 0,
-        };
         let mut host = Self::over(
             Box::new(wire),
             WireKind::Tcp,
             vigil,
             options,
-            Some(control.clone()),
+            Some(member.control().clone()),
         )?;
-        host.family = Some(family);
+        host.family = Some(Family::new(member, group, name, Reach::Tcp));
         Ok(host)
     }
 
@@ -178,12 +285,36 @@ impl Host {
         options: Options,
         control: Option<Control>,
     ) -> Result<Self> {
-        let (rank, size) = (wire.rank(), wire.size());
+        let messages = Messages::new(wire, kind, options.tuning.clone());
+        Self::start(
+            Executor::Messages(messages),
+            kind,
+            None,
+            vigil,
+            options,
+            control,
+        )
+    }
+
+    fn start(
+        executor: Executor,
+        kind: WireKind,
+        arena: Option<Arc<Arena>>,
+        vigil: Vigil,
+        options: Options,
+        control: Option<Control>,
+    ) -> Result<Self> {
+        let (rank, size) = match &executor {
+            Executor::Messages(messages) => (messages.rank(), messages.size()),
+            Executor::Shared(shared) => (shared.rank(), shared.size()),
+        };
         let trace = Trace::new(options.clock.clone());
         let shared = Arc::new(Shared {
             rank,
             size,
-            executor: Mutex::new(Messages::new(wire, kind, options.tuning.clone())),
+            kind,
+            arena,
+            executor: Mutex::new(executor),
             options,
             signal: vigil.signal,
             ledger: vigil.ledger,
@@ -212,6 +343,62 @@ impl Host {
             sequence: 0,
             family: None,
         })
+    }
+
+    /// By which wire: "shm", "tcp", "sim", ...
+    pub fn wire(&self) -> &'static str {
+        self.shared.kind.name()
+    }
+}
+
+impl Family {
+    fn new(member: &Arc<Member>, group: Vec<usize>, name: String, reach: Reach) -> Self {
+        Self {
+            member: member.clone(),
+            group,
+            name,
+            children: 0,
+            reach,
+        }
+    }
+}
+
+fn everybody(member: &Member) -> Vec<usize> {
+    (0..member.world()).collect()
+}
+
+/// This rank's number in a group that it belongs to.
+fn place(member: &Member, group: &[usize]) -> usize {
+    let own = group.iter().position(|rank| *rank == member.rank());
+    own.expect("a rank is in its own group")
+}
+
+/// What bounds a group's waits.
+fn watch(member: &Member, group: &[usize], options: &Options) -> Vigil {
+    let control = member.control();
+    let whole = group.len() == member.world();
+    Vigil {
+        clock: options.clock.clone(),
+        signal: control.signal().clone(),
+        ledger: if whole {
+            control.ledger().clone()
+        } else {
+            Ledger::new(place(member, group), group.len())
+        },
+    }
+}
+
+/// All ranks must choose algorithms from one table.
+fn agree(member: &Member, options: &Options) -> Result<()> {
+    let tables = member.swap("fabric/tuning", &options.tuning.hash().to_le_bytes())?;
+    let own = &tables[member.rank()];
+    match tables.iter().position(|hash| hash != own) {
+        None => Ok(()),
+        Some(peer) => Err(Error::rendezvous(
+            member.rank(),
+            format!("rank {peer} has another tuning table"),
+            "Give all ranks the same FABRIC_TUNING, or none",
+        )),
     }
 }
 
@@ -288,7 +475,9 @@ impl Communicator for Host {
     }
 
     fn alloc(&self, dtype: Dtype, numel: usize) -> Result<Slab> {
-        Ok(Slab::zeroed(dtype, numel))
+        let arena = self.shared.arena.as_ref().filter(|_| numel > 0);
+        let slab = arena.and_then(|arena| arena.slab(dtype, numel));
+        Ok(slab.unwrap_or_else(|| Slab::zeroed(dtype, numel))) // a full arena costs copies, not the run
     }
 
     fn submit(&mut self, call: Call, data: Data) -> Result<Work> {
@@ -359,12 +548,12 @@ impl Communicator for Host {
         }
         group.sort_unstable();
         let group = group.into_iter().map(|(_, peer)| peer).collect();
-        Ok(Box::new(Self::tcp_group(
-            &family.member,
-            group,
-            name,
-            self.shared.options.clone(),
-        )?))
+        let make = match family.reach {
+            Reach::Tcp => Self::tcp_group,
+            Reach::Best => Self::best_group,
+        };
+        let options = self.shared.options.clone();
+        Ok(Box::new(make(&family.member, group, name, options)?))
     }
 
     fn aborter(&self) -> Aborter {

@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use super::flaw::{Cell, Flaw, Value};
-use crate::schedule::{Kind, Problem, Rank, Ranks, Region, Shared};
+use crate::schedule::{Problem, Rank, Ranks, Region, Shared};
 
 /// Everyone's memory, in the full vector's coordinates.
 pub(super) struct Memory<'a> {
@@ -48,7 +48,7 @@ impl<'a> Memory<'a> {
     pub(super) fn new(problem: &'a Problem, in_place: bool) -> Memory<'a> {
         let (world, elems) = (problem.world, problem.elems());
         let leaf = |rank: Rank, elem: usize| {
-            if input(problem, rank).contains(&elem) {
+            if problem.input(rank).contains(&elem) {
                 Value::Leaf { rank, elem }
             } else {
                 Value::Nothing
@@ -121,7 +121,7 @@ impl<'a> Memory<'a> {
                 region: Region::Input,
                 index: elem,
             };
-            if !input(self.problem, source).contains(&elem) {
+            if !self.problem.input(source).contains(&elem) {
                 return Err(Flaw::Bounds {
                     cell,
                     round: 0,
@@ -149,7 +149,7 @@ impl<'a> Memory<'a> {
                 region: Region::Output,
                 index: elem,
             };
-            if !output(self.problem, target).contains(&elem) {
+            if !self.problem.output(target).contains(&elem) {
                 return Err(Flaw::Bounds {
                     cell,
                     round: 0,
@@ -217,7 +217,7 @@ impl<'a> Memory<'a> {
             &self.outputs
         };
         for (rank, memory) in outputs.iter().enumerate() {
-            for index in output(self.problem, rank) {
+            for index in self.problem.output(rank) {
                 if !memory[index].is_answer(self.problem, index) {
                     return Err(Flaw::Answer {
                         cell: Cell {
@@ -238,24 +238,5 @@ impl<'a> Memory<'a> {
             Ranks::All => 0..self.problem.world,
             Ranks::One(rank) => rank..rank + 1,
         }
-    }
-}
-
-/// The part of the full vector that a rank's Input holds.
-fn input(problem: &Problem, rank: Rank) -> Range<usize> {
-    match problem.kind {
-        Kind::AllReduce | Kind::ReduceScatter => 0..problem.elems(),
-        Kind::AllGather => problem.slices[rank].clone(),
-        Kind::Broadcast { root } if rank == root => 0..problem.elems(),
-        Kind::Broadcast { .. } | Kind::Barrier => 0..0,
-    }
-}
-
-/// The part of the full vector that a rank's Output holds.
-fn output(problem: &Problem, rank: Rank) -> Range<usize> {
-    match problem.kind {
-        Kind::AllReduce | Kind::AllGather | Kind::Broadcast { .. } => 0..problem.elems(),
-        Kind::ReduceScatter => problem.slices[rank].clone(),
-        Kind::Barrier => 0..0,
     }
 }

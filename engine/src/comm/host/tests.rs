@@ -1,0 +1,613 @@
+//! Ranks as threads of one process, each with its own place in the job, its own arena and its own sockets: what they
+//! share, they share through the kernel, as processes do.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr, TcpListener},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use fabric_kernels::{self as kernels, Dtype, Span};
+
+use super::*;
+use crate::{
+    comm::{Collectives, Label, ReduceOp},
+    rendezvous::{Options as Join, Secret},
+};
+
+const ARENA: usize = 64 << 20;
+
+fn options() -> Options {
+    Options {
+        deadline: Duration::from_secs(60),
+        arena_bytes: ARENA,
+        ..Options::default()
+    }
+}
+
+/// Run `rank` on every rank of a world, and give back what they returned, by rank.
+fn world<T: Send>(size: usize, rank: impl Fn(&Arc<Member>) -> T + Sync) -> Vec<T> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let address: SocketAddr = listener.local_addr().unwrap();
+    let listener = Mutex::new(Some(listener));
+    let secret = Secret::from_bytes(b"the ranks of a test");
+    std::thread::scope(|scope| {
+        let threads = (0..size)
+            .map(|number| {
+                let (rank, listener, secret) = (&rank, &listener, secret.clone());
+                scope.spawn(move || {
+                    let join = Join::new(number, size, address, secret);
+                    let member = if number == 0 {
+                        Member::host(join, listener.lock().unwrap().take().unwrap())
+                    } else {
+                        Member::join(join)
+                    };
+                    rank(&Arc::new(member.unwrap()))
+                })
+            })
+            .collect::<Vec<_>>();
+        let joined = threads.into_iter().map(|thread| thread.join().unwrap());
+        joined.collect()
+    })
+}
+
+fn shm(member: &Arc<Member>, options: Options) -> Host {
+    let host = Host::shm(member, options).unwrap();
+    host.expect("ranks of one process share memory")
+}
+
+/// Values that every dtype holds and whose sums round: different on every rank.
+fn fill(slab: &mut Slab, rank: usize) {
+    let values = (0..slab.numel())
+        .map(|index| {
+            let mixed = (index * 31 + rank * 17 + 7) % 61;
+            if slab.dtype().is_float() {
+                (mixed as f32 - 30.0) * 0.37
+            } else {
+                mixed as f32
+            }
+        })
+        .collect::<Vec<_>>();
+    let all = 0..values.len();
+    if slab.dtype().is_float() {
+        kernels::cast(Span::of(&values), slab.part_mut(all)).unwrap();
+        return;
+    }
+    let size = slab.dtype().size();
+    let is_bool = slab.dtype() == Dtype::Bool;
+    for (bytes, value) in slab.as_bytes_mut().chunks_exact_mut(size).zip(values) {
+        bytes.fill(0);
+        bytes[0] = if is_bool {
+            u8::from((value as u8).is_multiple_of(3))
+        } else {
+            value as u8
+        };
+    }
+}
+
+/// Every collective that `dtype` can be used with.
+fn calls(dtype: Dtype, size: usize) -> Vec<Op> {
+    let mut reduces = vec![ReduceOp::Min, ReduceOp::Max];
+    if dtype != Dtype::Bool {
+        reduces.extend([ReduceOp::Sum, ReduceOp::Avg, ReduceOp::Prod]);
+        reduces.push(ReduceOp::PreMulSum(3.0));
+    }
+    let mut calls = vec![Op::AllGather, Op::Broadcast { root: size - 1 }];
+    calls.extend(reduces.iter().map(|op| Op::AllReduce(*op)));
+    calls.extend(reduces.iter().map(|op| Op::ReduceScatter(*op)));
+    calls
+}
+
+/// Each rank multiplies with its own factor.
+fn own(op: Op, rank: usize) -> Op {
+    let own = |reduce| match reduce {
+        ReduceOp::PreMulSum(factor) => ReduceOp::PreMulSum(factor + rank as f64),
+        reduce => reduce,
+    };
+    match op {
+        Op::AllReduce(reduce) => Op::AllReduce(own(reduce)),
+        Op::ReduceScatter(reduce) => Op::ReduceScatter(own(reduce)),
+        op => op,
+    }
+}
+
+/// The memory for `op` on `numel` elements of each slice, or of the vector where there are no slices.
+fn memory(op: Op, size: usize, numel: usize, in_place: bool) -> (usize, Option<usize>) {
+    match (op, in_place) {
+        (Op::ReduceScatter(_) | Op::AllGather, true) => (numel * size, None),
+        (_, true) => (numel, None),
+        (Op::ReduceScatter(_), _) => (numel * size, Some(numel)),
+        (Op::AllGather, _) => (numel, Some(numel * size)),
+        _ => (numel, Some(numel)),
+    }
+}
+
+/// Run one collective, and give back the bytes of the rank's output alone.
+fn once(
+    host: &mut Host,
+    op: Op,
+    dtype: Dtype,
+    numel: usize,
+    in_place: bool,
+    slab: &dyn Fn(&Host, usize) -> Slab,
+) -> Result<Vec<u8>> {
+    let (rank, size) = (host.rank(), host.size());
+    let (from, into) = memory(op, size, numel, in_place);
+    let mut from = slab(host, from);
+    fill(&mut from, rank);
+    let data = match into {
+        Some(into) => Data::Out {
+            from,
+            into: slab(host, into),
+        },
+        None => Data::InPlace(from),
+    };
+    let call = Call::new(own(op, rank)).blocking();
+    let data = host.submit(call, data)?.wait()?;
+    let output = match (op, data) {
+        (Op::ReduceScatter(_), Data::InPlace(slab)) => {
+            slab.split_at(rank * numel).1.split_at(numel).0
+        }
+        (_, data) => data.into_output(),
+    };
+    assert_eq!(output.dtype(), dtype);
+    Ok(output.as_bytes().to_vec())
+}
+
+/// Goal: shared memory gives the bits of the message executor. Method: both communicators side by side on the same
+/// inputs, over worlds, dtypes, operations and lengths, in place and not, with registered and with private buffers.
+fn agrees_with_tcp(size: usize, dtypes: &[Dtype], lengths: &[usize]) {
+    world(size, |member| {
+        let mut tcp = Host::tcp(member, options()).unwrap();
+        let mut host = shm(member, options());
+        for &dtype in dtypes {
+            for op in calls(dtype, size) {
+                for (index, &numel) in lengths.iter().enumerate() {
+                    for in_place in [false, true] {
+                        let heap = |_: &Host, numel| Slab::zeroed(dtype, numel);
+                        let arena = |host: &Host, numel| host.alloc(dtype, numel).unwrap();
+                        // Some ranks' buffers are private, not always the same ones.
+                        let mixed = |host: &Host, numel| {
+                            if (host.rank() + index).is_multiple_of(2) {
+                                Slab::zeroed(dtype, numel)
+                            } else {
+                                host.alloc(dtype, numel).unwrap()
+                            }
+                        };
+                        let expected = once(&mut tcp, op, dtype, numel, in_place, &heap).unwrap();
+                        let what = || format!("{op:?} of {numel} x {dtype}, in place: {in_place}");
+                        let full = match op {
+                            Op::ReduceScatter(_) | Op::AllGather => numel * size,
+                            _ => numel,
+                        };
+                        let price = host.price(&Call::new(op), dtype, full);
+                        let before = host.spent();
+                        let registered = once(&mut host, op, dtype, numel, in_place, &arena);
+                        assert!(registered.unwrap() == expected, "registered {}", what());
+                        assert_eq!(host.spent() - before, price, "{}", what());
+                        let private = once(&mut host, op, dtype, numel, in_place, &mixed);
+                        assert!(private.unwrap() == expected, "private {}", what());
+                    }
+                }
+            }
+        }
+        host.barrier().unwrap();
+    });
+}
+
+#[test]
+fn shared_memory_gives_the_bits_of_messages_for_every_dtype() {
+    for size in 1..=5 {
+        agrees_with_tcp(size, &Dtype::ALL, &[0, 1, 2, 7, 64, 1000]);
+    }
+}
+
+#[test]
+fn shared_memory_gives_the_bits_of_messages_over_many_chunks() {
+    agrees_with_tcp(3, &Dtype::ALL, &[100_003]);
+    for size in [1, 2, 4, 5] {
+        agrees_with_tcp(size, &[Dtype::BF16, Dtype::I32], &[100_003]);
+    }
+}
+
+/// Goal: windows begin and end where they should, whatever the world. Method: all_reduce of f64 against a sum that is
+/// exact.
+#[test]
+fn long_vectors_cross_windows_in_every_world() {
+    for size in 1..=5 {
+        world(size, |member| {
+            let mut host = shm(member, options());
+            for numel in [100_003, 32 << 10, (32 << 10) + 1] {
+                for private in [false, true] {
+                    let mut slab = if private {
+                        Slab::zeroed(Dtype::F64, numel)
+                    } else {
+                        host.alloc(Dtype::F64, numel).unwrap()
+                    };
+                    for (index, value) in slab.as_mut_slice::<f64>().iter_mut().enumerate() {
+                        *value = (index * (host.rank() + 1)) as f64;
+                    }
+                    let call = Call::new(Op::AllReduce(ReduceOp::Sum));
+                    let slab = host.submit(call, Data::InPlace(slab)).unwrap();
+                    let slab = slab.wait().unwrap().into_output();
+                    let factor = size * (size + 1) / 2;
+                    let right = |(index, value): (usize, &f64)| *value == (index * factor) as f64;
+                    assert!(slab.as_slice::<f64>().iter().enumerate().all(right));
+                }
+            }
+        });
+    }
+}
+
+#[test]
+fn ranks_that_diverge_both_say_what_they_are_in() {
+    for over_shm in [true, false] {
+        let errors = world(2, |member| {
+            let mut host = if over_shm {
+                shm(member, options())
+            } else {
+                Host::tcp(member, options()).unwrap()
+            };
+            host.barrier().unwrap();
+            let slab = host.alloc(Dtype::F32, 8 + host.rank()).unwrap();
+            let call = Call::new(Op::AllReduce(ReduceOp::Sum)).label(Label::Bucket(3));
+            host.submit(call, Data::InPlace(slab))
+                .and_then(Work::wait)
+                .unwrap_err()
+                .to_string()
+        });
+        // The rank that looks later may hear from the hub first; what it hears is the other's story.
+        for error in errors {
+            assert!(error.contains("have diverged"), "{error}");
+            let mine = "#1 all_reduce(gradient bucket 3, sum, 8 x f32)";
+            let theirs = "#1 all_reduce(gradient bucket 3, sum, 9 x f32)";
+            assert!(error.contains(mine) && error.contains(theirs), "{error}");
+        }
+    }
+}
+
+#[test]
+fn two_shared_ranks_that_meet_in_different_operations_both_diverge() {
+    let errors = world(2, |member| {
+        let host = shm(member, options());
+        let call = match host.rank() {
+            0 => Call::new(Op::Barrier),
+            _ => Call::new(Op::Broadcast { root: 0 }),
+        };
+        let data = match host.rank() {
+            0 => Data::None,
+            _ => Data::InPlace(host.alloc(Dtype::U8, 3).unwrap()),
+        };
+        // Meet the executor itself, without the signal that the other side's error raises.
+        let shape = check_shapes(host.rank(), 2, &call, &data).unwrap();
+        let deadline = host.shared.options.clock.now() + Duration::from_secs(10);
+        let mut executor = host.shared.executor.lock().unwrap();
+        let result = executor.run(&stamp(0, &call, shape), &call, data, deadline);
+        result.unwrap_err()
+    });
+    for (rank, error) in errors.iter().enumerate() {
+        let Error::Diverged { peer, ours, .. } = error else {
+            panic!("{error}")
+        };
+        assert_eq!(*peer, 1 - rank);
+        assert!(ours.contains(["barrier", "broadcast"][rank]), "{ours}");
+    }
+}
+
+#[test]
+fn a_rank_that_never_comes_is_named_by_the_timeout() {
+    for over_shm in [true, false] {
+        let errors = world(3, |member| {
+            let mut host = if over_shm {
+                shm(member, options())
+            } else {
+                Host::tcp(member, options()).unwrap()
+            };
+            let mut call = Call::new(Op::Barrier);
+            call.deadline = Some(Duration::from_millis(300));
+            let result = if host.rank() == 2 {
+                host.shared
+                    .signal
+                    .wait(Duration::from_secs(30))
+                    .map_or(Ok(()), Err)
+            } else {
+                let work = host.submit(call, Data::None).unwrap();
+                work.wait().map(drop)
+            };
+            result.unwrap_err().to_string()
+        });
+        assert!(
+            errors
+                .iter()
+                .any(|error| error.contains("waiting for rank 2.")),
+            "{errors:?}"
+        );
+        for error in &errors {
+            assert!(
+                error.contains("#0 barrier was not complete after 0."),
+                "{error}"
+            );
+        }
+    }
+}
+
+#[test]
+fn an_abort_wakes_those_who_sleep() {
+    for over_shm in [true, false] {
+        let errors = world(3, |member| {
+            let mut host = if over_shm {
+                shm(member, options())
+            } else {
+                Host::tcp(member, options()).unwrap()
+            };
+            if host.rank() == 1 {
+                std::thread::sleep(Duration::from_millis(100)); // until the others sleep: there is nothing to ask
+                host.aborter().abort("somebody pressed a key");
+            }
+            let slab = host.alloc(Dtype::F32, 1000).unwrap();
+            let call = Call::new(Op::AllReduce(ReduceOp::Sum));
+            let result = host.submit(call, Data::InPlace(slab)).and_then(Work::wait);
+            let again = host.submit(call, Data::InPlace(Slab::zeroed(Dtype::F32, 1)));
+            assert_eq!(
+                again.err().unwrap().to_string(),
+                result.as_ref().unwrap_err().to_string(),
+                "a communicator that failed stays so"
+            );
+            result.unwrap_err().to_string()
+        });
+        for error in errors {
+            assert!(error.contains("somebody pressed a key"), "{error}");
+        }
+    }
+}
+
+#[test]
+fn a_failed_call_keeps_its_memory_until_the_communicator_ends() {
+    world(2, |member| {
+        let mut host = shm(member, options());
+        if host.rank() == 0 {
+            let slab = host.alloc(Dtype::F32, 1000).unwrap();
+            let address = slab.address();
+            let mut call = Call::new(Op::AllReduce(ReduceOp::Sum)).blocking();
+            call.deadline = Some(Duration::from_millis(50));
+            let work = host.submit(call, Data::InPlace(slab)).unwrap();
+            assert!(matches!(work.wait(), Err(Error::Timeout { .. })));
+            let other = host.alloc(Dtype::F32, 1000).unwrap();
+            assert_ne!(other.address(), address);
+        } else {
+            host.shared.signal.wait(Duration::from_secs(30)).unwrap();
+        }
+    });
+}
+
+#[test]
+fn eight_ranks_on_few_cores_finish_two_hundred_reductions() {
+    world(8, |member| {
+        let mut host = shm(member, options());
+        let mut slab = host.alloc(Dtype::F32, 256).unwrap();
+        for _ in 0..200 {
+            slab.as_mut_slice::<f32>().fill(1.0);
+            let call = Call::new(Op::AllReduce(ReduceOp::Sum)).blocking();
+            let work = host.submit(call, Data::InPlace(slab)).unwrap();
+            slab = work.wait().unwrap().into_output();
+            assert_eq!(slab.as_slice::<f32>(), [8.0; 256]);
+        }
+    });
+}
+
+#[test]
+fn works_in_flight_keep_their_order() {
+    world(2, |member| {
+        let mut host = shm(member, options());
+        let works = (0..50)
+            .map(|index| {
+                let mut slab = host.alloc(Dtype::I32, 100 + index).unwrap();
+                slab.as_mut_slice::<i32>().fill(index as i32);
+                let call = Call::new(Op::AllReduce(ReduceOp::Sum));
+                host.submit(call, Data::InPlace(slab)).unwrap()
+            })
+            .collect::<Vec<_>>();
+        for (index, work) in works.into_iter().enumerate() {
+            let slab = work.wait().unwrap().into_output();
+            assert!(
+                slab.as_slice::<i32>()
+                    .iter()
+                    .all(|value| *value == 2 * index as i32)
+            );
+        }
+    });
+}
+
+#[test]
+fn subgroups_share_memory_of_their_own() {
+    world(4, |member| {
+        let mut host = Host::best(member, options()).unwrap();
+        assert_eq!(host.wire(), "shm");
+        let rank = host.rank();
+        // Backwards within the group, so that numbers differ from the world's.
+        let mut half = host.split((rank % 2) as u32, 10 - rank as u32).unwrap();
+        assert_eq!((half.size(), half.rank()), (2, 1 - rank / 2));
+        let mut value = vec![rank as i64; 2];
+        half.all_reduce(&mut value, ReduceOp::Sum).unwrap();
+        assert_eq!(value, [2 * (rank % 2) as i64 + 2; 2]);
+        assert!(half.spent().bytes > 0);
+        let mut one = half.split(half.rank() as u32, 0).unwrap();
+        assert_eq!(one.size(), 1);
+        one.barrier().unwrap();
+        host.barrier().unwrap();
+    });
+}
+
+#[test]
+fn without_shared_memory_all_ranks_take_tcp() {
+    let files = world(2, |member| {
+        let group = [0, 1];
+        let fd = std::fs::File::open("/proc/self/exe").unwrap();
+        let own = match member.rank() {
+            0 => Ok(fd.as_fd()),
+            _ => Err("the system refuses".to_string()),
+        };
+        let passed = member
+            .pass("test", &group, own, &mut |_, _| Ok(()))
+            .unwrap();
+        assert!(!passed.everywhere && passed.neighbours == 2);
+        passed.outcome.unwrap_err()
+    });
+    for why in files {
+        assert!(why.contains("rank 1 has no shared memory"), "{why}");
+    }
+}
+
+#[test]
+fn a_descriptor_that_is_no_arena_is_refused_by_all_alike() {
+    let outcomes = world(3, |member| {
+        let fd = std::fs::File::open("/proc/self/exe").unwrap();
+        let mut keep = |_, fd| match member.rank() {
+            1 => Mapping::of_peer(&fd).map(drop),
+            _ => Ok(()),
+        };
+        let passed = member.pass("test", &[0, 1, 2], Ok(fd.as_fd()), &mut keep);
+        passed.unwrap().outcome.unwrap_err()
+    });
+    for why in outcomes {
+        assert!(why.starts_with("rank 1: rank 0: its arena"), "{why}");
+    }
+}
+
+#[test]
+fn an_arena_that_is_full_costs_copies_only() {
+    world(2, |member| {
+        let small = Options {
+            arena_bytes: 0,
+            ..options()
+        };
+        let mut host = shm(member, small);
+        let mut values = vec![1.0f32; 1 << 20];
+        host.all_reduce(&mut values, ReduceOp::Sum).unwrap();
+        assert!(values.iter().all(|value| *value == 2.0));
+        assert!(std::fs::read_dir("/dev/shm").unwrap().all(|entry| {
+            !entry
+                .unwrap()
+                .file_name()
+                .to_string_lossy()
+                .contains("fabric")
+        }));
+    });
+}
+
+/// Not a test: `cargo test -p fabric-engine --release -- --ignored --nocapture how_long`.
+#[test]
+#[ignore = "prints times"]
+fn how_long_all_reduce_takes() {
+    let wires = ["shm", "shm, private", "tcp"];
+    for (size, wire) in [2, 4, 8]
+        .into_iter()
+        .flat_map(|size| wires.map(|wire| (size, wire)))
+    {
+        let lines = world(size, |member| {
+            let host_options = Options {
+                arena_bytes: 1 << 30,
+                ..options()
+            };
+            let mut host = match wire {
+                "tcp" => Host::tcp(member, host_options).unwrap(),
+                _ => shm(member, host_options),
+            };
+            let mut lines = Vec::new();
+            for (bytes, times) in [(1 << 10, 2000), (1 << 20, 200), (64 << 20, 8)] {
+                let mut slab = match wire {
+                    "shm" => host.alloc(Dtype::F32, bytes / 4).unwrap(),
+                    _ => Slab::zeroed(Dtype::F32, bytes / 4),
+                };
+                slab.as_mut_slice::<f32>().fill(1e-30);
+                let clock = Clock::machine();
+                let mut laps = Vec::new();
+                for _ in 0..times {
+                    let start = clock.now();
+                    let call = Call::new(Op::AllReduce(ReduceOp::Avg)).blocking();
+                    let work = host.submit(call, Data::InPlace(slab)).unwrap();
+                    slab = work.wait().unwrap().into_output();
+                    laps.push(clock.now() - start);
+                }
+                laps.sort_unstable();
+                lines.push(format!(
+                    "{size} ranks, {wire}: {bytes} bytes: {:?}, best {:?}",
+                    laps[times / 2],
+                    laps[0]
+                ));
+            }
+            lines
+        });
+        println!("{}", lines[0].join("\n"));
+    }
+}
+
+/// The child of the test below: one rank in a process of its own.
+#[test]
+#[ignore = "a part of another test"]
+fn a_rank_as_a_process() {
+    let (Ok(rank), Ok(address)) = (
+        std::env::var("FABRIC_TEST_RANK"),
+        std::env::var("FABRIC_TEST_ADDRESS"),
+    ) else {
+        return;
+    };
+    let secret = Secret::from_bytes(b"the ranks of a test");
+    let join = Join::new(rank.parse().unwrap(), 3, address.parse().unwrap(), secret);
+    let member = Arc::new(Member::join(join).unwrap());
+    println!("{}", until_one_dies(&member, &AtomicUsize::new(0)));
+}
+
+/// Reduce for ever, and count.
+fn until_one_dies(member: &Arc<Member>, done: &AtomicUsize) -> Error {
+    let mut host = shm(member, options());
+    let mut slab = host.alloc(Dtype::F32, 10_000).unwrap();
+    loop {
+        slab.as_mut_slice::<f32>().fill(1.0);
+        let call = Call::new(Op::AllReduce(ReduceOp::Sum)).blocking();
+        match host.submit(call, Data::InPlace(slab)).and_then(Work::wait) {
+            Ok(data) => slab = data.into_output(),
+            Err(error) => return error,
+        }
+        assert_eq!(slab.as_slice::<f32>(), [3.0; 10_000]);
+        done.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// Goal: memory is shared between processes, and one that is killed is named by the others. Method: this process is
+/// rank 0; it kills rank 2 in the middle of many reductions.
+#[test]
+fn a_killed_process_is_named_by_the_survivors() {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let address = listener.local_addr().unwrap();
+    let mut children = [1, 2].map(|rank| {
+        std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["comm::host::tests::a_rank_as_a_process", "--exact"])
+            .args(["--ignored", "--nocapture"])
+            .env("FABRIC_TEST_RANK", rank.to_string())
+            .env("FABRIC_TEST_ADDRESS", address.to_string())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap()
+    });
+    let secret = Secret::from_bytes(b"the ranks of a test");
+    let member = Member::host(Join::new(0, 3, address, secret), listener);
+    let member = Arc::new(member.unwrap());
+    let done = AtomicUsize::new(0);
+    let error = std::thread::scope(|scope| {
+        let rank = scope.spawn(|| until_one_dies(&member, &done));
+        while done.load(Ordering::Relaxed) < 100 && !rank.is_finished() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        children[1].kill().unwrap();
+        rank.join().unwrap()
+    });
+    let expected = "rank 2 is gone (its process ended)";
+    assert!(error.to_string().contains(expected), "{error}");
+    drop(member);
+    children[1].wait().unwrap();
+    let [survivor, _] = children;
+    let output = survivor.wait_with_output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && text.contains(expected), "{text}");
+}

@@ -1,0 +1,287 @@
+//! Arenas: a rank's own memory that all its peers have mapped, and a peer's, as it is mapped here.
+#![allow(unsafe_code)]
+
+use std::{
+    io,
+    os::fd::{AsFd, OwnedFd},
+    ptr::NonNull,
+    sync::{Arc, Mutex},
+};
+
+use fabric_kernels::{Dtype, Memory, Span, SpanMut};
+use memmap2::{MmapOptions, MmapRaw};
+use rustix::{
+    fs::{
+        FileType, MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate,
+        memfd_create,
+    },
+    process::{Resource, getrlimit},
+};
+
+use super::{flags::Control, space::Space};
+use crate::buffer::Slab;
+
+const CONTROL_BYTES: usize = 4 << 10;
+
+/// Bytes of each of the two stages: about as much as a core's nearest large cache keeps beside other work.
+pub(crate) const STAGE_BYTES: usize = 256 << 10;
+
+/// Where the stage that peers load from lies in every arena.
+pub(crate) const STAGE_IN: u64 = CONTROL_BYTES as u64;
+
+/// Where the stage that peers store to lies in every arena.
+pub(crate) const STAGE_OUT: u64 = STAGE_IN + STAGE_BYTES as u64;
+
+const HEAP: usize = CONTROL_BYTES + 2 * STAGE_BYTES;
+const SMALLEST: usize = HEAP + (1 << 20); // an arena of less is of no use
+
+const _: () = assert!(size_of::<Control>() <= CONTROL_BYTES);
+
+/// A whole arena, mapped into this process.
+pub(crate) struct Mapping {
+    map: MmapRaw,
+}
+
+impl Mapping {
+    /// Map a peer's arena, if it is one: a sealed file of a believable size.
+    pub(crate) fn of_peer(fd: &OwnedFd) -> Result<Self, String> {
+        let stat = fstat(fd).map_err(|e| format!("its arena cannot be examined: {e}"))?;
+        let seals = fcntl_get_seals(fd).map_err(|e| format!("its arena has no seals: {e}"))?;
+        if !seals.contains(SealFlags::SHRINK | SealFlags::GROW) {
+            return Err("its arena is not sealed against changes of its size".into());
+        }
+        let bytes = usize::try_from(stat.st_size)
+            .ok()
+            .filter(|bytes| *bytes >= SMALLEST && isize::try_from(*bytes).is_ok());
+        let regular = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
+        let Some(bytes) = bytes.filter(|_| regular) else {
+            return Err(format!(
+                "its arena is no file of a believable size ({} bytes)",
+                stat.st_size
+            ));
+        };
+        map(fd, bytes).map_err(|e| format!("its arena of {bytes} bytes cannot be mapped: {e}"))
+    }
+
+    /// How many bytes.
+    pub(crate) fn bytes(&self) -> usize {
+        self.map.len()
+    }
+
+    /// The flags at the arena's start.
+    pub(super) fn control(&self) -> &Control {
+        // SAFETY: the mapping starts at a page, is at least SMALLEST long, which is more than a `Control`, and sealed
+        // against shrinking (`of_peer` and `Arena::new` see to it); all its fields are atomics, for which any bytes
+        // are a value and which any process may change at any time. Test: `two_mappings_of_an_arena_share_its_flags`.
+        unsafe { &*self.map.as_ptr().cast::<Control>() }
+    }
+
+    /// Whether `numel` elements of `dtype` may lie `at` bytes from the start: what a peer announces is asked this.
+    pub(crate) fn holds(&self, at: u64, dtype: Dtype, numel: usize) -> bool {
+        let end = numel
+            .checked_mul(dtype.size())
+            .and_then(|bytes| usize::try_from(at).ok()?.checked_add(bytes));
+        at >= STAGE_IN
+            && at.is_multiple_of(dtype.size() as u64)
+            && end.is_some_and(|end| end <= self.bytes())
+    }
+
+    /// Elements to load, `at` bytes from the start.
+    ///
+    /// # Panics
+    /// When the arena does not hold them: whoever takes a place from a peer asks [`Mapping::holds`] first.
+    pub(crate) fn span(&self, at: u64, dtype: Dtype, numel: usize) -> Span<'_> {
+        let start = self.start(at, dtype, numel);
+        // SAFETY: inside the mapping and aligned, by `start`; mapped for as long as `self`; initialised, as a memfd is
+        // zero at first. Nobody writes it while a kernel runs: [Note: whose memory]; a breach would show in the parity
+        // tests of `comm::host`.
+        unsafe { Span::from_raw(start, dtype, numel, Memory::Host) }
+    }
+
+    /// Elements to store, `at` bytes from the start.
+    ///
+    /// # Panics
+    /// As [`Mapping::span`].
+    pub(crate) fn span_mut(&self, at: u64, dtype: Dtype, numel: usize) -> SpanMut<'_> {
+        let start = self.start(at, dtype, numel);
+        // SAFETY: bounds, alignment and lifetime as in `span`. Nobody else touches it while a kernel runs, and this
+        // thread makes no other span over it: [Note: whose memory], and the executor goes through scratch memory
+        // wherever source and target may be the same; a breach would show in the parity tests of `comm::host`.
+        unsafe { SpanMut::from_raw(start, dtype, numel, Memory::Host) }
+    }
+
+    fn start(&self, at: u64, dtype: Dtype, numel: usize) -> *mut u8 {
+        assert!(
+            self.holds(at, dtype, numel),
+            "{numel} x {dtype} at {at} of an arena of {} bytes",
+            self.bytes()
+        );
+        self.map.as_mut_ptr().wrapping_add(at as usize)
+    }
+}
+
+/// This rank's own arena. Slabs from it keep it mapped.
+pub(crate) struct Arena {
+    mapping: Mapping,
+    space: Mutex<Space>,
+}
+
+impl Arena {
+    /// An arena of at most `bytes` bytes, or as much as the system lets us reserve, and the descriptor that peers need
+    /// to map it. Pages cost memory only once they are touched.
+    pub(crate) fn new(bytes: usize) -> io::Result<(Arc<Self>, OwnedFd)> {
+        // Beyond this limit a file's size is not only refused: the process gets a signal that ends it.
+        let limit = getrlimit(Resource::Fsize).current.unwrap_or(u64::MAX);
+        let limit = usize::try_from(limit).unwrap_or(usize::MAX);
+        let mut bytes = bytes.max(SMALLEST).min(limit) & !(CONTROL_BYTES - 1);
+        loop {
+            match Self::of_size(bytes) {
+                Err(_) if bytes / 2 >= SMALLEST => bytes = (bytes / 2) & !(CONTROL_BYTES - 1),
+                other => return other,
+            }
+        }
+    }
+
+    fn of_size(bytes: usize) -> io::Result<(Arc<Self>, OwnedFd)> {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        // Some systems allow only memory that cannot be executed; kernels before 6.3 do not know the word.
+        let fd = memfd_create("fabric-arena", flags | MemfdFlags::NOEXEC_SEAL)
+            .or_else(|_| memfd_create("fabric-arena", flags))?;
+        if bytes < SMALLEST {
+            return Err(io::Error::other(format!(
+                "only {bytes} bytes may be reserved"
+            )));
+        }
+        ftruncate(&fd, bytes as u64)?;
+        fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+        let mapping = map(&fd, bytes)?;
+        let space = Mutex::new(Space::new(HEAP, bytes));
+        Ok((Arc::new(Self { mapping, space }), fd))
+    }
+
+    /// The memory itself.
+    pub(crate) fn mapping(&self) -> &Mapping {
+        &self.mapping
+    }
+
+    /// Where in the arena the `bytes` bytes at this address lie, if they do.
+    pub(crate) fn place(&self, address: usize, bytes: usize) -> Option<u64> {
+        let at = address.checked_sub(self.mapping.map.as_ptr().addr())?;
+        let end = at.checked_add(bytes)?;
+        (end <= self.mapping.bytes()).then_some(at as u64)
+    }
+
+    /// `numel` zeros of `dtype` in this arena; `None` when it is full.
+    pub(crate) fn slab(self: &Arc<Self>, dtype: Dtype, numel: usize) -> Option<Slab> {
+        let taken = self.space().take(numel.checked_mul(dtype.size())?)?;
+        let lease = Lease {
+            arena: self.clone(),
+            start: taken.start,
+            bytes: taken.bytes,
+        };
+        let base = self.mapping.map.as_mut_ptr().wrapping_add(taken.start);
+        let base = NonNull::new(base).expect("no mapping starts at address zero");
+        // SAFETY: the space hands out aligned pieces inside the mapping, each to one lease at a time; the lease keeps
+        // the arena mapped; a memfd's bytes are initialised. Tests: `pieces_never_overlap`, and
+        // `a_slab_comes_back_zeroed_and_keeps_the_arena`.
+        let mut slab = unsafe { Slab::guarded(base, dtype, numel, Box::new(lease)) };
+        if taken.used {
+            slab.as_bytes_mut().fill(0);
+        }
+        Some(slab)
+    }
+
+    fn space(&self) -> std::sync::MutexGuard<'_, Space> {
+        self.space.lock().unwrap_or_else(|held| held.into_inner())
+    }
+}
+
+/// Gives a slab's bytes back.
+struct Lease {
+    arena: Arc<Arena>,
+    start: usize,
+    bytes: usize,
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.arena.space().give(self.start, self.bytes);
+    }
+}
+
+fn map(fd: &OwnedFd, bytes: usize) -> io::Result<Mapping> {
+    let map = MmapOptions::new().len(bytes).map_raw(&fd.as_fd())?;
+    Ok(Mapping { map })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slab_comes_back_zeroed_and_keeps_the_arena() {
+        let (arena, _) = Arena::new(SMALLEST).unwrap();
+        let mut slab = arena.slab(Dtype::U32, 100).unwrap();
+        slab.as_mut_slice::<u32>().fill(7);
+        let address = slab.address();
+        drop(slab);
+        let slab = arena.slab(Dtype::F64, 50).unwrap();
+        assert_eq!(slab.address(), address);
+        drop(arena);
+        assert_eq!(slab.as_slice::<f64>(), [0.0; 50]);
+    }
+
+    #[test]
+    fn a_full_arena_says_so() {
+        let (arena, _) = Arena::new(0).unwrap();
+        let all = arena.slab(Dtype::U8, 1 << 20).unwrap();
+        assert!(arena.slab(Dtype::U8, 1).is_none());
+        drop(all);
+        assert!(arena.slab(Dtype::U8, 1).is_some());
+    }
+
+    #[test]
+    fn two_mappings_of_an_arena_share_its_flags() {
+        let (arena, fd) = Arena::new(SMALLEST).unwrap();
+        let peer = Mapping::of_peer(&fd).unwrap();
+        arena.mapping().control().publish(1, &[5; 9]);
+        assert_eq!(peer.control().arrived(1), Some([5; 9]));
+        let slab = arena.slab(Dtype::F32, 4).unwrap();
+        let at = arena.place(slab.address(), slab.bytes()).unwrap();
+        fabric_kernels::cast(
+            Span::of(&[1.0f32, 2.0, 3.0, 4.0]),
+            peer.span_mut(at, Dtype::F32, 4),
+        )
+        .unwrap();
+        assert_eq!(slab.as_slice::<f32>(), [1.0, 2.0, 3.0, 4.0]);
+    }
+
+    #[test]
+    fn places_outside_an_arena_are_refused() {
+        let (arena, _) = Arena::new(SMALLEST).unwrap();
+        let holds = |at, numel| arena.mapping().holds(at, Dtype::F64, numel);
+        let end = arena.mapping().bytes() as u64;
+        assert!(holds(STAGE_IN, 1) && holds(end - 8, 1) && holds(end, 0));
+        assert!(!holds(0, 1), "the flags are nobody's buffer");
+        assert!(!holds(end - 8, 2) && !holds(end + 8, 0) && !holds(STAGE_IN + 4, 1));
+        assert!(!holds(u64::MAX - 7, 1) && !holds(STAGE_IN, usize::MAX));
+        assert_eq!(arena.place(8, 8), None);
+    }
+
+    #[test]
+    fn a_file_that_can_shrink_is_no_arena() {
+        let fd = memfd_create("other", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+        ftruncate(&fd, SMALLEST as u64).unwrap();
+        assert!(Mapping::of_peer(&fd).err().unwrap().contains("not sealed"));
+        fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW).unwrap();
+        assert!(Mapping::of_peer(&fd).is_ok());
+        let small = memfd_create("small", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+        fcntl_add_seals(&small, SealFlags::SHRINK | SealFlags::GROW).unwrap();
+        assert!(
+            Mapping::of_peer(&small)
+                .err()
+                .unwrap()
+                .contains("believable")
+        );
+    }
+}
