@@ -1,1 +1,38 @@
-//! Benchmarks.
+//! What the benchmarks share: ranks as threads that have joined one job.
+
+use std::{
+    net::{Ipv4Addr, TcpListener},
+    sync::{Arc, Mutex},
+};
+
+use fabric_engine::{
+    Result,
+    rendezvous::{Member, Options, Secret},
+};
+
+/// Run `body` on `world` threads, each a member of one job; returns rank 0's value.
+///
+/// # Errors
+/// The first rank's that failed.
+pub fn ranks<T: Send>(
+    world: usize,
+    body: impl Fn(&Arc<Member>) -> Result<T> + Sync,
+) -> fabric::Result<T> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let (address, listener) = (listener.local_addr()?, Mutex::new(Some(listener)));
+    let secret = Secret::from_bytes(Secret::random_text()?.as_bytes());
+    let mut values =
+        fabric::launch::threads::run(world, fabric::launch::threads::STACK_BYTES, |rank| {
+            let options = Options::new(rank, world, address, secret.clone());
+            let held = listener
+                .lock()
+                .unwrap_or_else(|held| held.into_inner())
+                .take_if(|_| rank == 0);
+            let member = match held {
+                Some(listener) => Member::host(options, listener)?,
+                None => Member::join(options)?,
+            };
+            Ok(body(&Arc::new(member))?)
+        })?;
+    Ok(values.swap_remove(0))
+}

@@ -36,6 +36,15 @@ impl Signal {
         first
     }
 
+    /// Add what is now known to the first error, if there is one.
+    pub fn amend(&self, add: impl FnOnce(&mut Error)) {
+        if self.is_raised()
+            && let Some(error) = &mut *self.0.first.lock().unwrap_or_else(|held| held.into_inner())
+        {
+            add(error);
+        }
+    }
+
     /// One atomic load: has anything failed?
     pub fn is_raised(&self) -> bool {
         self.0.raised.load(Ordering::Acquire)

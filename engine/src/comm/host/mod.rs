@@ -1,14 +1,15 @@
 //! Collectives between host memories: a queue, a thread that works it off in order, and an executor that runs schedules
 //! over a wire. A blocking call on an idle communicator skips the queue and runs on the caller's own thread.
 
+mod connect;
 mod math;
 mod messages;
+mod shape;
 mod shared;
 #[cfg(test)]
 mod tests;
 
 use std::{
-    os::fd::AsFd,
     sync::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
@@ -27,19 +28,16 @@ use super::{
 use crate::{
     buffer::Slab,
     clock::Clock,
-    error::{Error, Result},
-    rendezvous::{Control, Member},
+    error::{Error, PeerLost, Result},
+    rendezvous::Control,
     schedule::choose::{Tuning, WireKind},
     signal::Signal,
-    wire::{
-        Vigil, Wire,
-        frame::Stamp,
-        ledger::Ledger,
-        shm::{Arena, Group, Mapping},
-        tcp::Tcp,
-    },
+    wire::{Vigil, Wire, frame::Stamp, ledger::Ledger, shm::Arena},
 };
+use connect::Family;
 use messages::Messages;
+pub(super) use shape::check_shapes;
+use shape::stamp;
 use shared::SharedMemory;
 
 const QUEUE: usize = 1024; // operations that may wait; more block the caller
@@ -78,22 +76,6 @@ pub struct Host {
     pending: Arc<AtomicUsize>,
     sequence: u64,
     family: Option<Family>,
-}
-
-/// What a communicator needs to make subgroups.
-struct Family {
-    member: Arc<Member>,
-    group: Vec<usize>, // world ranks
-    name: String,
-    children: u32,
-    reach: Reach,
-}
-
-/// Which wires a group may take.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Reach {
-    Tcp,
-    Best,
 }
 
 /// What runs schedules.
@@ -146,120 +128,6 @@ struct Job {
 }
 
 impl Host {
-    /// Connect all ranks of the job over TCP.
-    ///
-    /// # Errors
-    /// When a rank cannot be reached, or the ranks' tuning tables differ.
-    pub fn tcp(member: &Arc<Member>, options: Options) -> Result<Self> {
-        agree(member, &options)?;
-        Self::tcp_group(member, everybody(member), "world".into(), options)
-    }
-
-    /// Connect all ranks of the job through memory that all of them map; `None`, on all ranks alike, when that cannot
-    /// be done because they are on different machines, or in different containers, or the system refuses.
-    ///
-    /// # Errors
-    /// When a rank cannot be reached, or the ranks' tuning tables differ.
-    pub fn shm(member: &Arc<Member>, options: Options) -> Result<Option<Self>> {
-        agree(member, &options)?;
-        let (made, _) = Self::shm_group(member, everybody(member), "world".into(), options)?;
-        Ok(made.ok())
-    }
-
-    /// Connect all ranks of the job by the fastest wire that reaches all of them: shared memory, or else TCP.
-    ///
-    /// # Errors
-    /// When a rank cannot be reached, or the ranks' tuning tables differ.
-    pub fn best(member: &Arc<Member>, options: Options) -> Result<Self> {
-        agree(member, &options)?;
-        Self::best_group(member, everybody(member), "world".into(), options)
-    }
-
-    fn best_group(
-        member: &Arc<Member>,
-        group: Vec<usize>,
-        name: String,
-        options: Options,
-    ) -> Result<Self> {
-        let rank = member.rank();
-        let (made, everywhere) =
-            Self::shm_group(member, group.clone(), name.clone(), options.clone())?;
-        match made {
-            Ok(host) => {
-                tracing::info!(rank, group = name, wire = "shm", "all ranks share memory");
-                if !everywhere {
-                    member.connect(&name, &[])?; // another group of this split needs the whole world to swap addresses
-                }
-                Ok(host)
-            }
-            Err(why) => {
-                tracing::info!(rank, group = name, wire = "tcp", why, "no shared memory");
-                Self::tcp_group(member, group, name, options).map(|mut host| {
-                    if let Some(family) = &mut host.family {
-                        family.reach = Reach::Best;
-                    }
-                    host
-                })
-            }
-        }
-    }
-
-    /// The communicator, or why there is none, which all ranks of the group agree on; and whether all groups of the
-    /// world have theirs.
-    fn shm_group(
-        member: &Arc<Member>,
-        group: Vec<usize>,
-        name: String,
-        options: Options,
-    ) -> Result<(Result<Self, String>, bool)> {
-        let rank = place(member, &group);
-        let made = Arena::new(options.arena_bytes).map_err(|e| format!("no shared memory: {e}"));
-        let own = made
-            .as_ref()
-            .map(|(_, fd)| fd.as_fd())
-            .map_err(Clone::clone);
-        let mut peers = (0..group.len()).map(|_| None).collect::<Vec<_>>();
-        let passed = member.pass(&name, &group, own, &mut |index, fd| {
-            peers[index] = Some(Mapping::of_peer(&fd)?);
-            Ok(())
-        })?;
-        let arena = match (passed.outcome, made) {
-            (Ok(()), Ok((arena, _))) => arena,
-            (Err(why), _) | (Ok(()), Err(why)) => return Ok((Err(why), passed.everywhere)),
-        };
-        let vigil = watch(member, &group, &options);
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let crowded = passed.neighbours > cores;
-        let shared = Group::new(rank, arena.clone(), peers, vigil.clone(), crowded);
-        let executor = Executor::Shared(SharedMemory::new(shared));
-        let control = Some(member.control().clone());
-        let kind = WireKind::Shm;
-        let mut host = Self::start(executor, kind, Some(arena), vigil, options, control)?;
-        host.family = Some(Family::new(member, group, name, Reach::Best));
-        Ok((Ok(host), passed.everywhere))
-    }
-
-    fn tcp_group(
-        member: &Arc<Member>,
-        group: Vec<usize>,
-        name: String,
-        options: Options,
-    ) -> Result<Self> {
-        let peers = member.connect(&name, &group)?;
-        let rank = place(member, &group);
-        let vigil = watch(member, &group, &options);
-        let wire = Tcp::new(rank, peers, vigil.clone())?;
-        let mut host = Self::over(
-            Box::new(wire),
-            WireKind::Tcp,
-            vigil,
-            options,
-            Some(member.control().clone()),
-        )?;
-        host.family = Some(Family::new(member, group, name, Reach::Tcp));
-        Ok(host)
-    }
-
     /// A communicator over any wire, without a control line.
     ///
     /// # Errors
@@ -351,57 +219,6 @@ impl Host {
     }
 }
 
-impl Family {
-    fn new(member: &Arc<Member>, group: Vec<usize>, name: String, reach: Reach) -> Self {
-        Self {
-            member: member.clone(),
-            group,
-            name,
-            children: 0,
-            reach,
-        }
-    }
-}
-
-fn everybody(member: &Member) -> Vec<usize> {
-    (0..member.world()).collect()
-}
-
-/// This rank's number in a group that it belongs to.
-fn place(member: &Member, group: &[usize]) -> usize {
-    let own = group.iter().position(|rank| *rank == member.rank());
-    own.expect("a rank is in its own group")
-}
-
-/// What bounds a group's waits.
-fn watch(member: &Member, group: &[usize], options: &Options) -> Vigil {
-    let control = member.control();
-    let whole = group.len() == member.world();
-    Vigil {
-        clock: options.clock.clone(),
-        signal: control.signal().clone(),
-        ledger: if whole {
-            control.ledger().clone()
-        } else {
-            Ledger::new(place(member, group), group.len())
-        },
-    }
-}
-
-/// All ranks must choose algorithms from one table.
-fn agree(member: &Member, options: &Options) -> Result<()> {
-    let tables = member.swap("fabric/tuning", &options.tuning.hash().to_le_bytes())?;
-    let own = &tables[member.rank()];
-    match tables.iter().position(|hash| hash != own) {
-        None => Ok(()),
-        Some(peer) => Err(Error::rendezvous(
-            member.rank(),
-            format!("rank {peer} has another tuning table"),
-            "Give all ranks the same FABRIC_TUNING, or none",
-        )),
-    }
-}
-
 /// The worker's life: one job after the other, in order of submission.
 fn work(shared: &Shared, jobs: &Receiver<Job>, pending: &AtomicUsize) {
     for job in jobs {
@@ -422,7 +239,7 @@ impl Drop for Host {
 
 impl Shared {
     fn run(&self, stamp: &Stamp, call: &Call, data: Data) -> Result<Data> {
-        self.signal.check()?;
+        self.check(stamp)?;
         let deadline = self.options.clock.now() + call.deadline.unwrap_or(self.options.deadline);
         self.ledger.enter(*stamp);
         let mut executor = self
@@ -440,6 +257,21 @@ impl Shared {
             }
             Err(error) => Err(self.fail(error)),
         }
+    }
+
+    /// Has somebody failed? A peer that was lost while nobody waited for it is missed by `stamp` now.
+    fn check(&self, stamp: &Stamp) -> Result<()> {
+        self.signal.amend(|error| match error {
+            Error::PeerLost(lost) if lost.waiting.is_none() => {
+                let waiting = Some(format!("{stamp} on rank {}", self.rank));
+                *error = Error::PeerLost(Arc::new(PeerLost {
+                    waiting,
+                    ..PeerLost::clone(lost)
+                }));
+            }
+            _ => {}
+        });
+        self.signal.check()
     }
 
     /// Keep the first error, tell everybody, and prefer the hub's story about a peer that is gone to our own.
@@ -482,9 +314,9 @@ impl Communicator for Host {
 
     fn submit(&mut self, call: Call, data: Data) -> Result<Work> {
         let shared = &self.shared;
-        shared.signal.check()?;
         let shape = check_shapes(shared.rank, shared.size, &call, &data)?;
         let stamp = stamp(self.sequence, &call, shape);
+        shared.check(&stamp)?;
         self.sequence += 1;
         let (op, bytes) = (stamp.op.name(), shape.numel * shape.dtype.size());
         shared.trace.note(Event::Submitted {
@@ -519,41 +351,7 @@ impl Communicator for Host {
     }
 
     fn split(&mut self, color: u32, key: u32) -> Result<Box<dyn Communicator>> {
-        let rank = self.shared.rank;
-        let Some(family) = &mut self.family else {
-            return Err(Error::argument(
-                "this communicator cannot be split",
-                "Split one that joined a rendezvous",
-            ));
-        };
-        let name = format!("{}/{}", family.name, family.children);
-        family.children += 1;
-        let mine = [color.to_le_bytes(), key.to_le_bytes()].concat();
-        let rows = family.member.swap(&format!("fabric/split/{name}"), &mine)?;
-        let number = |row: &[u8], at: usize| {
-            u32::from_le_bytes(row[at..at + 4].try_into().expect("four bytes"))
-        };
-        let mut group = Vec::new();
-        for &peer in &family.group {
-            if rows[peer].len() != 8 {
-                return Err(Error::rendezvous(
-                    rank,
-                    format!("rank {peer} did not split here"),
-                    "Split on all ranks",
-                ));
-            }
-            if number(&rows[peer], 0) == color {
-                group.push((number(&rows[peer], 4), peer));
-            }
-        }
-        group.sort_unstable();
-        let group = group.into_iter().map(|(_, peer)| peer).collect();
-        let make = match family.reach {
-            Reach::Tcp => Self::tcp_group,
-            Reach::Best => Self::best_group,
-        };
-        let options = self.shared.options.clone();
-        Ok(Box::new(make(&family.member, group, name, options)?))
+        Ok(Box::new(self.subgroup(color, key)?))
     }
 
     fn aborter(&self) -> Aborter {
@@ -585,94 +383,4 @@ impl Communicator for Host {
     fn trace(&self) -> Trace {
         self.shared.trace.clone()
     }
-}
-
-/// The full vector of a call: its length and type.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Shape {
-    pub(super) dtype: Dtype,
-    pub(super) numel: usize,
-}
-
-fn stamp(sequence: u64, call: &Call, shape: Shape) -> Stamp {
-    let (op, reduce) = call.op.code();
-    let root = if let Op::Broadcast { root } = call.op {
-        root as u32
-    } else {
-        0
-    };
-    Stamp {
-        sequence,
-        op,
-        reduce,
-        dtype: shape.dtype,
-        root,
-        numel: shape.numel as u64,
-        label: call.label,
-    }
-}
-
-/// Does the data fit the call?
-pub(super) fn check_shapes(rank: Rank, size: usize, call: &Call, data: &Data) -> Result<Shape> {
-    let wrong =
-        |what: String, hint: &str| Err(Error::argument(format!("rank {rank}: {what}"), hint));
-    let name = call.op.code().0.name();
-    if let Op::Broadcast { root } = call.op
-        && root >= size
-    {
-        return wrong(
-            format!("broadcast from rank {root} of {size}"),
-            "Name a rank of the group as the root",
-        );
-    }
-    let (from, into) = match (call.op, data) {
-        (Op::Barrier, Data::None) => {
-            return Ok(Shape {
-                dtype: Dtype::U8,
-                numel: 0,
-            });
-        }
-        (Op::Barrier, _) => {
-            return wrong(
-                "a barrier with data".into(),
-                "Submit a barrier with Data::None",
-            );
-        }
-        (_, Data::None) => return wrong(format!("{name} without data"), "Give it a slab"),
-        (_, Data::InPlace(slab)) => {
-            let (dtype, numel) = (slab.dtype(), slab.numel());
-            if matches!(call.op, Op::ReduceScatter(_) | Op::AllGather) && numel % size != 0 {
-                return wrong(
-                    format!("{name} of {numel} elements among {size} ranks"),
-                    "Pad the vector to a multiple of the world size",
-                );
-            }
-            return Ok(Shape { dtype, numel });
-        }
-        (_, Data::Out { from, into }) => (from, into),
-    };
-    if from.dtype() != into.dtype() {
-        return wrong(
-            format!("{name} from {} into {}", from.dtype(), into.dtype()),
-            "Use one dtype",
-        );
-    }
-    let (expected, numel) = match call.op {
-        Op::ReduceScatter(_) => (into.numel() * size == from.numel(), from.numel()),
-        Op::AllGather => (from.numel() * size == into.numel(), into.numel()),
-        Op::Broadcast { root } => (root != rank || from.numel() == into.numel(), into.numel()),
-        _ => (from.numel() == into.numel(), from.numel()),
-    };
-    if !expected {
-        let (from, into) = (from.numel(), into.numel());
-        return wrong(
-            format!("{name} from {from} into {into} elements among {size} ranks"),
-            "reduce_scatter's input and all_gather's output have world size x the other's elements; otherwise both are \
-             equal",
-        );
-    }
-    Ok(Shape {
-        dtype: into.dtype(),
-        numel,
-    })
 }

@@ -3,6 +3,7 @@
 
 use std::{
     net::{Ipv4Addr, SocketAddr, TcpListener},
+    os::fd::AsFd,
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -14,6 +15,7 @@ use crate::{
     comm::{Collectives, Label, ReduceOp},
     rendezvous::{Options as Join, Secret},
 };
+use crate::{rendezvous::Member, wire::shm::Mapping};
 
 const ARENA: usize = 64 << 20;
 
@@ -493,121 +495,4 @@ fn an_arena_that_is_full_costs_copies_only() {
                 .contains("fabric")
         }));
     });
-}
-
-/// Not a test: `cargo test -p fabric-engine --release -- --ignored --nocapture how_long`.
-#[test]
-#[ignore = "prints times"]
-fn how_long_all_reduce_takes() {
-    let wires = ["shm", "shm, private", "tcp"];
-    for (size, wire) in [2, 4, 8]
-        .into_iter()
-        .flat_map(|size| wires.map(|wire| (size, wire)))
-    {
-        let lines = world(size, |member| {
-            let host_options = Options {
-                arena_bytes: 1 << 30,
-                ..options()
-            };
-            let mut host = match wire {
-                "tcp" => Host::tcp(member, host_options).unwrap(),
-                _ => shm(member, host_options),
-            };
-            let mut lines = Vec::new();
-            for (bytes, times) in [(1 << 10, 2000), (1 << 20, 200), (64 << 20, 8)] {
-                let mut slab = match wire {
-                    "shm" => host.alloc(Dtype::F32, bytes / 4).unwrap(),
-                    _ => Slab::zeroed(Dtype::F32, bytes / 4),
-                };
-                slab.as_mut_slice::<f32>().fill(1e-30);
-                let clock = Clock::machine();
-                let mut laps = Vec::new();
-                for _ in 0..times {
-                    let start = clock.now();
-                    let call = Call::new(Op::AllReduce(ReduceOp::Avg)).blocking();
-                    let work = host.submit(call, Data::InPlace(slab)).unwrap();
-                    slab = work.wait().unwrap().into_output();
-                    laps.push(clock.now() - start);
-                }
-                laps.sort_unstable();
-                lines.push(format!(
-                    "{size} ranks, {wire}: {bytes} bytes: {:?}, best {:?}",
-                    laps[times / 2],
-                    laps[0]
-                ));
-            }
-            lines
-        });
-        println!("{}", lines[0].join("\n"));
-    }
-}
-
-/// The child of the test below: one rank in a process of its own.
-#[test]
-#[ignore = "a part of another test"]
-fn a_rank_as_a_process() {
-    let (Ok(rank), Ok(address)) = (
-        std::env::var("FABRIC_TEST_RANK"),
-        std::env::var("FABRIC_TEST_ADDRESS"),
-    ) else {
-        return;
-    };
-    let secret = Secret::from_bytes(b"the ranks of a test");
-    let join = Join::new(rank.parse().unwrap(), 3, address.parse().unwrap(), secret);
-    let member = Arc::new(Member::join(join).unwrap());
-    println!("{}", until_one_dies(&member, &AtomicUsize::new(0)));
-}
-
-/// Reduce for ever, and count.
-fn until_one_dies(member: &Arc<Member>, done: &AtomicUsize) -> Error {
-    let mut host = shm(member, options());
-    let mut slab = host.alloc(Dtype::F32, 10_000).unwrap();
-    loop {
-        slab.as_mut_slice::<f32>().fill(1.0);
-        let call = Call::new(Op::AllReduce(ReduceOp::Sum)).blocking();
-        match host.submit(call, Data::InPlace(slab)).and_then(Work::wait) {
-            Ok(data) => slab = data.into_output(),
-            Err(error) => return error,
-        }
-        assert_eq!(slab.as_slice::<f32>(), [3.0; 10_000]);
-        done.fetch_add(1, Ordering::Relaxed);
-    }
-}
-
-/// Goal: memory is shared between processes, and one that is killed is named by the others. Method: this process is
-/// rank 0; it kills rank 2 in the middle of many reductions.
-#[test]
-fn a_killed_process_is_named_by_the_survivors() {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-    let address = listener.local_addr().unwrap();
-    let mut children = [1, 2].map(|rank| {
-        std::process::Command::new(std::env::current_exe().unwrap())
-            .args(["comm::host::tests::a_rank_as_a_process", "--exact"])
-            .args(["--ignored", "--nocapture"])
-            .env("FABRIC_TEST_RANK", rank.to_string())
-            .env("FABRIC_TEST_ADDRESS", address.to_string())
-            .stdout(std::process::Stdio::piped())
-            .spawn()
-            .unwrap()
-    });
-    let secret = Secret::from_bytes(b"the ranks of a test");
-    let member = Member::host(Join::new(0, 3, address, secret), listener);
-    let member = Arc::new(member.unwrap());
-    let done = AtomicUsize::new(0);
-    let error = std::thread::scope(|scope| {
-        let rank = scope.spawn(|| until_one_dies(&member, &done));
-        while done.load(Ordering::Relaxed) < 100 && !rank.is_finished() {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        children[1].kill().unwrap();
-        rank.join().unwrap()
-    });
-    let expected = "rank 2 is gone (its process ended)";
-    assert!(error.to_string().contains(expected), "{error}");
-    drop(member);
-    children[1].wait().unwrap();
-    let [survivor, _] = children;
-    let output = survivor.wait_with_output().unwrap();
-    let text = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success() && text.contains(expected), "{text}");
 }
