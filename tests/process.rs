@@ -155,6 +155,19 @@ fn the_same_program_trains_on_one_two_and_three_processes() {
 }
 
 #[test]
+fn a_program_may_launch_twice() {
+    for _ in 0..3 {
+        let (output, text) = run(&["3", "5", "twice"]);
+        assert!(output.status.success(), "{text}");
+        let losses = text
+            .lines()
+            .filter(|line| line.starts_with("loss "))
+            .count();
+        assert_eq!((losses, pids(&text).len()), (2, 6), "{text}");
+    }
+}
+
+#[test]
 fn kill_9_of_a_rank_ends_the_others_with_its_name_and_its_last_operation() {
     for wire in ["tcp", "auto"] {
         let (mut child, ranks, lines) = start("3", &[("FABRIC_WIRE", wire)]);

@@ -4,7 +4,7 @@
 use std::{
     ops::Deref,
     sync::{
-        Arc, Mutex, MutexGuard,
+        Arc, Mutex, MutexGuard, Weak,
         atomic::{AtomicBool, Ordering},
     },
 };
@@ -195,9 +195,24 @@ impl Core {
     }
 }
 
-impl Events for Core {
+/// What a model's hooks report to. It does not keep the model alive, which keeps it.
+pub(crate) struct Reporter(Weak<Core>);
+
+impl Reporter {
+    pub(crate) fn new(core: &Arc<Core>) -> Self {
+        Self(Arc::downgrade(core))
+    }
+}
+
+impl Events for Reporter {
     fn ready(&self, param: ParamId, grad: &dyn Buffer) -> EngineResult<Keep> {
-        self.sequencer().ready(param, grad)
+        match self.0.upgrade() {
+            Some(core) => core.sequencer().ready(param, grad),
+            None => Err(EngineError::argument(
+                "a gradient became ready after its job had ended",
+                "Use a model inside the fabric.launch in which it was set up",
+            )),
+        }
     }
 }
 

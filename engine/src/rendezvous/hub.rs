@@ -35,12 +35,19 @@ pub(super) struct Hub {
 }
 
 impl Hub {
-    pub(super) fn start(gate: Gate, world: usize, silence: Duration, clock: Clock) -> Result<Self> {
+    pub(super) fn start(
+        gate: Gate,
+        world: usize,
+        epoch: u64,
+        silence: Duration,
+        clock: Clock,
+    ) -> Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let seen = stop.clone();
         let seats = (0..world).map(|_| Seat::Empty).collect();
         let mut room = Room {
             gate,
+            epoch,
             seats,
             offers: HashMap::new(),
             inquest: None,
@@ -77,6 +84,7 @@ enum Seat {
 
 struct Room {
     gate: Gate,
+    epoch: u64,
     seats: Vec<Seat>,
     offers: HashMap<String, BTreeMap<usize, Vec<u8>>>,
     inquest: Option<Inquest>,
@@ -168,6 +176,9 @@ impl Room {
     }
 
     fn seat(&mut self, guest: Guest) {
+        if guest.hello.purpose == Purpose::Control && guest.hello.topic != self.epoch {
+            return; // early for the next job: it knocks again when the door is closed without a word
+        }
         let rank = guest.hello.rank as usize;
         let world = self.seats.len();
         let verdict = if guest.hello.purpose != Purpose::Control {

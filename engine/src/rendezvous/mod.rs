@@ -54,6 +54,9 @@ pub struct Options {
     pub silence: Duration,
     /// The clock for both.
     pub clock: Clock,
+    /// Which job of this program it is, when it joins several, one after the other: a rank that is quick to come to the
+    /// next is not mistaken for one of the last.
+    pub epoch: u64,
 }
 
 impl Options {
@@ -68,6 +71,7 @@ impl Options {
             patience,
             silence,
             clock: Clock::machine(),
+            epoch: 0,
         }
     }
 }
@@ -143,11 +147,17 @@ impl Member {
             Some(listener) => {
                 let gate = Gate::new(rank, listener, options.secret.clone(), clock.clone())?;
                 options.address = reachable(gate.address()?);
-                Some(Hub::start(gate, world, options.silence, clock.clone())?)
+                Some(Hub::start(
+                    gate,
+                    world,
+                    options.epoch,
+                    options.silence,
+                    clock.clone(),
+                )?)
             }
             None => None,
         };
-        let hello = Hello::new(Purpose::Control, rank, world, 0)?;
+        let hello = Hello::new(Purpose::Control, rank, world, options.epoch)?;
         let (signal, deadline) = (Signal::new(), clock.now() + options.patience);
         let stream = knock(
             options.address,

@@ -5,7 +5,10 @@ mod record;
 mod training;
 mod world;
 
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{
+    Arc, Mutex, MutexGuard,
+    atomic::{AtomicBool, Ordering},
+};
 
 use fabric_engine::{
     comm::{Aborter, Spent, trace::Trace},
@@ -24,6 +27,9 @@ use crate::{
     resolve::{Devices, Precision, Request, Resolved, resolve},
 };
 use world::World;
+
+/// Whether this process has supervised ranks.
+static SUPERVISED: AtomicBool = AtomicBool::new(false);
 
 /// Lightning Fabric's object: made by [`Fabric::builder`], put to work by [`Fabric::launch`]. Clones share everything.
 ///
@@ -155,7 +161,8 @@ impl Fabric {
     /// of which comes to this line and runs `body`), forwards signals, shows the first failure, leaves no process
     /// behind, and returns `None`.
     ///
-    /// Ranks that were started by the supervisor have no standard input.
+    /// Ranks that were started by the supervisor have no standard input. A program may launch several times, one after the
+    /// other: the ranks run all of it, the supervisor waits once.
     ///
     /// # Errors
     /// `body`'s error, or the first failure among the ranks.
@@ -169,9 +176,11 @@ impl Fabric {
             None if self.inner.resolved.devices == 1 => {
                 *self.lock_world() = Some(World::solo()?);
                 let result = body(self);
-                *self.lock_world() = None;
+                self.leave(result.as_ref().err());
                 result.map(Some)
             }
+            // The ranks have run the whole program, later launches included.
+            None if SUPERVISED.swap(true, Ordering::Relaxed) => Ok(None),
             None => supervise(self.inner.resolved.devices).map(|()| None),
         }
     }
@@ -214,6 +223,7 @@ impl Fabric {
 
     /// Leave the job; with an own error, end it for everybody.
     fn leave(&self, error: Option<&Error>) {
+        lock(&self.inner.models).clear(); // they hold the communicator
         if let Some(world) = self.lock_world().take() {
             world.leave(error);
         }

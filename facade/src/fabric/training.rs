@@ -16,7 +16,7 @@ use super::{Fabric, lock};
 use crate::{
     data::{DataLoader, Dataset},
     error::{Error, Result},
-    model::{Backward, Core, FabricModule, Gradients, Model, mistake},
+    model::{Backward, Core, FabricModule, Gradients, Model, Reporter, mistake},
     optim::{Optimizer, OptimizerState},
 };
 
@@ -125,7 +125,7 @@ impl Fabric {
         let model = Arc::new(model);
         let sequencer = Sequencer::new(plan, comm)?;
         let core = Arc::new(Core::new(model.clone(), sequencer, prediction));
-        model.attach(core.clone());
+        model.attach(Arc::new(Reporter::new(&core)));
         lock(&self.inner.models).push(core.clone());
         Ok(FabricModule::new(model, core))
     }

@@ -2,7 +2,10 @@
 
 use std::{
     net::{Ipv4Addr, SocketAddr, TcpListener},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -129,7 +132,11 @@ pub(super) fn as_rank<T>(
 }
 
 fn join(place: &Place) -> Result<World> {
-    let options = Options::new(place.rank, place.world, place.address, place.secret.clone());
+    static LAUNCHES: AtomicU64 = AtomicU64::new(0);
+    let options = Options {
+        epoch: LAUNCHES.fetch_add(1, Ordering::Relaxed),
+        ..Options::new(place.rank, place.world, place.address, place.secret.clone())
+    };
     let member = match launch::inherited_listener().filter(|_| place.rank == 0) {
         Some(listener) => Member::host(options, listener)?,
         None => Member::join(options)?,

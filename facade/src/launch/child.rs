@@ -41,6 +41,10 @@ pub fn inherited_listener() -> Option<TcpListener> {
     }
     let listener = TcpListener::from(std::io::stdin().as_fd().try_clone_to_owned().ok()?);
     listener.local_addr().ok()?; // not a socket: somebody else's standard input
+    // Who reads standard input from now on finds its end, not a socket.
+    if let Ok(nothing) = std::fs::File::open("/dev/null") {
+        let _ = rustix::stdio::dup2_stdin(nothing);
+    }
     Some(listener)
 }
 

@@ -1,7 +1,7 @@
 //! A training program for the process tests: trains the small problem on `--devices N`, and can be told to misbehave.
 //!
 //! `train N steps [fault]`, where fault is one of `hang:R` (rank R stops joining), `models` (rank 1 builds another
-//! model), `error:R` (rank R returns an error in step 3), `panic:R`, `exit:R` (rank R leaves without a word).
+//! model), `twice` (two jobs, one after the other), `error:R` (rank R returns an error in step 3), `panic:R`, `exit:R` (rank R leaves without a word).
 
 use std::time::Duration;
 
@@ -23,6 +23,9 @@ fn main() -> Result<()> {
         .devices(number(0) as usize)
         .strategy(&strategy)
         .build()?;
+    if kind == "twice" {
+        fabric.launch(|fabric| run(fabric, number(1), kind, who))?;
+    }
     fabric
         .launch(|fabric| run(fabric, number(1), kind, who))
         .map(drop)
