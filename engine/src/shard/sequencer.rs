@@ -67,8 +67,8 @@ impl Sequencer {
                 ))
             })
             .collect::<Result<Vec<_>>>()?;
-        let (rank, world, trace) = (guard.rank(), guard.size(), guard.trace());
         drop(guard);
+        let (rank, world, trace) = (comm.rank(), comm.size(), comm.trace());
         Ok(Self {
             plan,
             comm,

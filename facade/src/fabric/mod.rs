@@ -291,7 +291,7 @@ impl Fabric {
     /// # Errors
     /// Before launch.
     pub fn trace(&self) -> Result<Trace> {
-        Ok(self.comm()?.lock().trace())
+        Ok(self.comm()?.trace())
     }
 
     /// A handle that ends the job from any thread.
@@ -299,7 +299,7 @@ impl Fabric {
     /// # Errors
     /// Before launch.
     pub fn aborter(&self) -> Result<Aborter> {
-        Ok(self.comm()?.lock().aborter())
+        Ok(self.comm()?.aborter())
     }
 
     /// What this rank was warned of so far; each was also printed once.
