@@ -1,5 +1,6 @@
 //! One test binary: the rooms' tests against each other.
 
+mod ddp;
 mod exhaustive;
 mod parity;
 mod process;
