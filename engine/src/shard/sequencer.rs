@@ -216,6 +216,17 @@ impl Sequencer {
         self.phase = Phase::Idle;
     }
 
+    /// The backward failed on this rank and cannot be completed: every later call returns `error`.
+    pub fn fail(&mut self, error: Error) {
+        self.failed.get_or_insert(error);
+        self.phase = Phase::Idle;
+    }
+
+    /// The first error: a hook's, or a reduction's.
+    pub fn failure(&self) -> Option<Error> {
+        self.failed.clone()
+    }
+
     /// The backward is over: launch what is left, wait for everything, compare which parameters were used.
     ///
     /// # Errors

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use fabric_engine::{
-    kernels,
+    Error as EngineError, Result as EngineResult, kernels,
     shard::{
         ParamId,
         plan::Plan,
@@ -162,7 +162,8 @@ impl Fabric {
     /// [`Fabric::no_backward_sync`]; when it returns, they are whole.
     ///
     /// # Errors
-    /// The library's error, a hook's, or a reduction's: a rank that is gone, or one that does something else.
+    /// The library's error, a hook's, or a reduction's: a rank that is gone, or one that does something else. When
+    /// gradients were to be averaged, the error ends the job on all ranks.
     pub fn backward(&self, loss: impl Backward) -> Result<()> {
         self.backward_scaled(loss, 1.0)
     }
@@ -181,23 +182,46 @@ impl Fabric {
             )
             .into());
         }
-        for core in &cores {
+        self.run(&cores, loss, scale)
+            .map_err(|error| self.give_up(&cores, error).into())
+    }
+
+    fn run(&self, cores: &[Arc<Core>], loss: impl Backward, scale: f32) -> EngineResult<()> {
+        for core in cores {
             core.sequencer().begin(core.syncs())?;
         }
-        let result = loss.backward(scale);
-        for core in &cores {
+        loss.backward(scale)?;
+        for core in cores {
             // One model takes part even when no gradient of it became ready: other ranks may wait for it. Of several,
             // those that the loss touched.
             if cores.len() > 1 && !core.sequencer().is_touched() {
                 core.sequencer().cancel();
                 continue;
             }
-            let finished = core.sequencer().finish();
-            if result.is_ok() || finished.is_err() {
-                self.report(core, finished?);
-            }
+            let unused = core.sequencer().finish()?;
+            self.report(core, unused);
         }
-        Ok(result?)
+        Ok(())
+    }
+
+    /// A backward failed. The other ranks wait for gradients that will not come, and zeros in their place would be
+    /// wrong: unless nothing was to be reduced, the job ends here.
+    fn give_up(&self, cores: &[Arc<Core>], error: EngineError) -> EngineError {
+        // A hook's own words come before those that a library wraps around them.
+        let kept = cores.iter().find_map(|core| core.sequencer().failure());
+        let error = kept.unwrap_or(error);
+        let reduces = |core: &Arc<Core>| core.syncs() && core.sequencer().reduction().is_some();
+        if !cores.iter().any(reduces) {
+            cores.iter().for_each(|core| core.sequencer().cancel());
+            return error;
+        }
+        for core in cores {
+            core.sequencer().fail(error.clone());
+        }
+        if let (Ok(comm), false) = (self.comm(), error.is_from_peer()) {
+            comm.aborter().abort(error.to_string());
+        }
+        error
     }
 
     fn report(&self, core: &Core, unused: Option<Unused>) {
