@@ -198,7 +198,7 @@ impl Fabric {
         threads::run(count, threads::STACK_BYTES, |rank| {
             let fabric = self.twin();
             *fabric.lock_world() = Some(meeting.join(rank, count)?);
-            let result = body(&fabric);
+            let result = threads::caught(rank, || body(&fabric)); // the others are told what a panic says
             fabric.leave(result.as_ref().err());
             result
         })
