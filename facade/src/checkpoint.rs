@@ -125,6 +125,7 @@ impl Fabric {
     /// # Errors
     /// On all ranks, when rank 0 cannot write: the old file is then untouched.
     pub fn save(&self, path: impl AsRef<Path>, state: State<'_>) -> Result<()> {
+        self.comm()?; // before launch nothing is written
         let path = path.as_ref();
         let written = if self.is_global_zero() {
             write(path, &state)
@@ -135,8 +136,9 @@ impl Fabric {
             .as_ref()
             .err()
             .map_or(String::new(), Error::to_string);
-        let failure: String = self.broadcast(failure, 0)?;
-        written?;
+        let heard = self.broadcast(failure, 0);
+        written?; // the first cause
+        let failure = heard?;
         if failure.is_empty() {
             return Ok(());
         }

@@ -173,6 +173,7 @@ impl Fabric {
     /// # Errors
     /// As [`Fabric::backward`].
     pub fn backward_scaled(&self, loss: impl Backward, scale: f32) -> Result<()> {
+        self.comm()?;
         let cores = lock(&self.inner.models).clone();
         if cores.is_empty() {
             return Err(mistake(
