@@ -2,9 +2,12 @@
 
 mod ddp;
 mod exhaustive;
+mod facade;
 mod parity;
 mod process;
+mod puppet;
 mod ranks;
 mod sim;
+mod steps;
 mod strangers;
 mod tidy;
