@@ -1,5 +1,6 @@
 //! The object that a training program holds: what was asked for, the job that was joined, and Fabric's verbs.
 
+mod clip;
 mod collectives;
 mod record;
 mod training;
@@ -15,7 +16,8 @@ use fabric_engine::{
     shard::{SharedComm, plan},
 };
 
-pub use training::{Clip, FabricOptimizer};
+pub use clip::Clip;
+pub use training::FabricOptimizer;
 
 use crate::{
     callback::{Callback, Callbacks},

@@ -1,11 +1,10 @@
-//! Setting up and stepping: models and optimizers in, backward, clipping, accumulation.
+//! Setting up and stepping: models and optimizers in, backward, accumulation.
 
 use std::sync::Arc;
 
 use fabric_engine::{
-    Error as EngineError, Result as EngineResult, kernels,
+    Error as EngineError, Result as EngineResult,
     shard::{
-        ParamId,
         plan::Plan,
         replicate::{agree, broadcast},
         sequencer::{Sequencer, Unused},
@@ -15,31 +14,10 @@ use fabric_engine::{
 use super::{Fabric, lock};
 use crate::{
     data::{DataLoader, Dataset},
-    error::{Error, Result},
+    error::Result,
     model::{Backward, Core, FabricModule, Gradients, Model, Reporter, mistake},
     optim::{Optimizer, OptimizerState},
 };
-
-/// How gradients are clipped.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Clip {
-    /// Scale all so that their norm of this order (2.0; `f64::INFINITY` for the largest element) is at most `max`.
-    Norm {
-        /// The largest norm allowed.
-        max: f64,
-        /// The order of the norm.
-        order: f64,
-    },
-    /// Clamp each element to `-value..=value`.
-    Value(f64),
-}
-
-impl Clip {
-    /// By the Euclidean norm.
-    pub fn norm(max: f64) -> Self {
-        Self::Norm { max, order: 2.0 }
-    }
-}
 
 /// An optimizer that was set up: it steps on whole gradients.
 pub struct FabricOptimizer<O: Optimizer> {
@@ -259,58 +237,6 @@ impl Fabric {
         drop(restore);
         result
     }
-
-    /// Clip the gradients of `module`. Returns the total norm before clipping, for [`Clip::Norm`].
-    ///
-    /// # Errors
-    /// When the norm is not finite, or the arguments make no sense.
-    pub fn clip_gradients<M: Model>(
-        &self,
-        module: &FabricModule<M>,
-        clip: Clip,
-    ) -> Result<Option<f64>> {
-        let mut sequencer = module.core.sequencer();
-        let params = (0..sequencer.plan().params().len())
-            .map(ParamId)
-            .collect::<Vec<_>>();
-        match clip {
-            Clip::Value(limit) => {
-                for param in params {
-                    if let Some(grad) = sequencer.grad_mut(param) {
-                        kernels::clamp(grad, limit)?;
-                    }
-                }
-                Ok(None)
-            }
-            Clip::Norm { max, order } => {
-                if !(max > 0.0 && (order == 2.0 || order == f64::INFINITY)) {
-                    return Err(Error::argument(
-                        format!("clipping to a norm of {max} and order {order}"),
-                        "Give a positive norm, and the order 2.0 or f64::INFINITY",
-                    ));
-                }
-                let norm = total_norm(&sequencer, &params, order)?;
-                if !norm.is_finite() {
-                    return Err(mistake(
-                        self.global_rank(),
-                        format!("the gradients' norm is {norm}"),
-                        "Look at the loss and the learning rate; an input may hold NaN",
-                    )
-                    .into());
-                }
-                // torch's rule: the 1e-6 keeps the result below the limit.
-                let factor = max / (norm + 1e-6);
-                if factor < 1.0 {
-                    for param in params {
-                        if let Some(grad) = sequencer.grad_mut(param) {
-                            scale(grad, factor)?;
-                        }
-                    }
-                }
-                Ok(Some(norm))
-            }
-        }
-    }
 }
 
 struct Restore<'a> {
@@ -322,43 +248,4 @@ impl Drop for Restore<'_> {
     fn drop(&mut self) {
         self.core.set_sync(self.sync);
     }
-}
-
-/// The norm over all gradients, in parameter order: the same bits on all ranks, which hold the same gradients.
-fn total_norm(sequencer: &Sequencer, params: &[ParamId], order: f64) -> Result<f64> {
-    let mut total = 0f64;
-    for param in params {
-        let Some(grad) = sequencer.grad(*param) else {
-            continue;
-        };
-        if order == 2.0 {
-            total += kernels::sum_squares(grad)?.sum;
-        } else {
-            let mut copy = vec![0f64; grad.len()];
-            kernels::cast(grad, kernels::SpanMut::of(&mut copy))?;
-            for value in copy {
-                // f64::max would drop a NaN.
-                total = if value.is_nan() {
-                    f64::NAN
-                } else {
-                    total.max(value.abs())
-                };
-                if total.is_nan() {
-                    return Ok(total);
-                }
-            }
-        }
-    }
-    Ok(if order == 2.0 { total.sqrt() } else { total })
-}
-
-fn scale(mut grad: kernels::SpanMut<'_>, factor: f64) -> Result<()> {
-    let mut copy = fabric_engine::buffer::Slab::zeroed(grad.dtype(), grad.len());
-    let all = 0..grad.len();
-    kernels::cast(grad.as_span(), copy.part_mut(all.clone()))?;
-    Ok(kernels::cast_scaled(
-        copy.part(all),
-        grad.reborrow(),
-        factor,
-    )?)
 }
