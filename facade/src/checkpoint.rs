@@ -1,7 +1,9 @@
 //! Checkpoints of replicated strategies: one safetensors file with every tensor, and every other value as JSON in its
 //! metadata. A file is written beside its place, synced and renamed, so that it is there whole or not at all.
 
-use std::{borrow::Cow, collections::HashMap, fs, io, path::Path, sync::Arc};
+use std::{
+    borrow::Cow, collections::HashMap, fs, io, os::unix::fs::PermissionsExt, path::Path, sync::Arc,
+};
 
 use fabric_engine::{
     buffer::Slab,
@@ -72,17 +74,55 @@ impl<'a> State<'a> {
         self.0.push((name.into(), Entry::Value(value)));
         self
     }
+
+    /// Everything needs a name of its own, and whatever has tensors one that begins no other's.
+    fn check_names(&self) -> Result<()> {
+        for (index, (name, entry)) in self.0.iter().enumerate() {
+            for (other, twin) in &self.0[index + 1..] {
+                let what = if name == other {
+                    format!("two things in a checkpoint are called '{name}'")
+                } else if entry.has_tensors() && twin.has_tensors() && is_inside(name, other) {
+                    format!(
+                        "the tensors of '{name}' and '{other}' have the same names in a checkpoint"
+                    )
+                } else {
+                    continue;
+                };
+                return Err(Error::argument(what, "Choose other names"));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Entry<'_> {
+    fn has_tensors(&self) -> bool {
+        !matches!(self, Self::Value(_))
+    }
+}
+
+/// Is one of the two the other's, a dot and more?
+fn is_inside(name: &str, other: &str) -> bool {
+    let below = |long: &str, short: &str| {
+        long.strip_prefix(short)
+            .is_some_and(|rest| rest.starts_with('.'))
+    };
+    below(name, other) || below(other, name)
 }
 
 /// An optimizer, whatever its type.
 trait Stateful {
     fn state(&self) -> Result<OptimizerState>;
+    fn check_state(&self, state: &OptimizerState) -> Result<()>;
     fn load_state(&mut self, state: OptimizerState) -> Result<()>;
 }
 
 impl<O: Optimizer> Stateful for FabricOptimizer<O> {
     fn state(&self) -> Result<OptimizerState> {
         FabricOptimizer::state(self)
+    }
+    fn check_state(&self, state: &OptimizerState) -> Result<()> {
+        FabricOptimizer::check_state(self, state)
     }
     fn load_state(&mut self, state: OptimizerState) -> Result<()> {
         FabricOptimizer::load_state(self, state)
@@ -92,31 +132,50 @@ impl<O: Optimizer> Stateful for FabricOptimizer<O> {
 /// A value, whatever its type.
 trait Saved {
     fn to_json(&self, name: &str) -> Result<Value>;
-    fn set_json(&mut self, name: &str, json: Value) -> Result<()>;
+    fn check_json(&self, name: &str, json: &Value) -> Result<()>;
+    fn set_json(&mut self, name: &str, json: &Value) -> Result<()>;
 }
 
 impl<T: Serialize + DeserializeOwned> Saved for T {
     fn to_json(&self, name: &str) -> Result<Value> {
-        let json = serde_json::to_value(self)?;
-        // JSON has no NaN and no infinity: what could not be loaded is refused now, not after the crash.
-        if let Err(error) = serde_json::from_value::<T>(json.clone()) {
-            return Err(Error::argument(
-                format!("the value '{name}' cannot be read back from JSON: {error}"),
-                "Store numbers that are finite, or wrap them in an Option",
-            ));
+        let refusal = |why: String| {
+            Error::argument(
+                format!("the value '{name}' cannot be saved as JSON: {why}"),
+                "Store finite numbers, and maps whose keys are text",
+            )
+        };
+        let json = serde_json::to_value(self).map_err(|error| refusal(error.to_string()))?;
+        // JSON has no NaN and no infinity: what would not come back is refused now, not after the crash.
+        let back = T::deserialize(&json).map_err(|error| refusal(error.to_string()))?;
+        if packed_bytes(self) != packed_bytes(&back) {
+            return Err(refusal("a number in it would come back as null".into()));
         }
         Ok(json)
     }
 
-    fn set_json(&mut self, name: &str, json: Value) -> Result<()> {
-        *self = serde_json::from_value(json).map_err(|error| {
-            Error::argument(
-                format!("the saved value '{name}' has another type: {error}"),
-                "Load it into the type that was saved",
-            )
-        })?;
+    fn check_json(&self, name: &str, json: &Value) -> Result<()> {
+        parse::<T>(name, json).map(drop)
+    }
+
+    fn set_json(&mut self, name: &str, json: &Value) -> Result<()> {
+        *self = parse(name, json)?;
         Ok(())
     }
+}
+
+/// How long a value is as MessagePack, which knows NaN: an optional NaN that became nothing is shorter, and the order of
+/// a map's entries does not matter.
+fn packed_bytes<T: Serialize>(value: &T) -> Option<usize> {
+    rmp_serde::to_vec_named(value).ok().map(|bytes| bytes.len())
+}
+
+fn parse<T: DeserializeOwned>(name: &str, json: &Value) -> Result<T> {
+    T::deserialize(json).map_err(|error| {
+        Error::argument(
+            format!("the saved value '{name}' has another type: {error}"),
+            "Load it into the type that was saved",
+        )
+    })
 }
 
 impl Fabric {
@@ -155,15 +214,16 @@ impl Fabric {
     /// On all ranks, when one cannot read the file or something does not fit.
     pub fn load(&self, path: impl AsRef<Path>, state: State<'_>) -> Result<HashMap<String, Value>> {
         let path = path.as_ref();
-        let read = read(path).and_then(|file| file.check(&state).map(|()| file));
+        let read = read(path).and_then(|file| Ok((file.fit(&state)?, file)));
         let failure = read.as_ref().err().map_or(String::new(), Error::to_string);
-        let failures = self.all_gather_object(&failure)?;
-        let file = read?;
+        let failures = self.all_gather_object(&failure);
+        let (fitted, file) = read?; // the first cause
+        let failures = failures?;
         if let Some(rank) = failures.iter().position(|failure| !failure.is_empty()) {
             let what = format!("rank {rank} could not load {}", path.display());
             return Err(Error::new(format!("{what}: {}", failures[rank])));
         }
-        file.apply(state)
+        file.apply(state, fitted)
     }
 }
 
@@ -190,6 +250,7 @@ impl View for &Tensor {
 }
 
 fn write(path: &Path, state: &State<'_>) -> Result<()> {
+    state.check_names()?;
     let (mut tensors, mut values) = (Vec::new(), serde_json::Map::new());
     for (name, entry) in &state.0 {
         match entry {
@@ -247,9 +308,17 @@ fn replace(path: &Path, fill: impl FnOnce(&Path) -> io::Result<()>) -> Result<()
     fs::create_dir_all(folder).map_err(failed)?;
     let temporary = tempfile::Builder::new()
         .prefix(".fabric-")
+        .permissions(fs::Permissions::from_mode(0o666)) // less the umask
         .tempfile_in(folder)
         .map_err(failed)?;
+    let mode = temporary
+        .as_file()
+        .metadata()
+        .map_err(failed)?
+        .permissions();
     fill(temporary.path()).map_err(failed)?;
+    // The writer may have put a private file of its own in place of ours; others may read this one as any other file.
+    fs::set_permissions(temporary.path(), mode).map_err(failed)?;
     fs::File::open(temporary.path())
         .and_then(|file| file.sync_all())
         .map_err(failed)?;
@@ -300,73 +369,98 @@ impl File {
         Ok(SafeTensors::deserialize(&self.bytes)?)
     }
 
-    /// Does everything in `state` stand in the file, and fit?
-    fn check(&self, state: &State<'_>) -> Result<()> {
+    /// Does everything in `state` stand in the file, and fit? What is to be loaded, by entry.
+    fn fit(&self, state: &State<'_>) -> Result<Vec<Fitted>> {
+        state.check_names()?;
         let tensors = self.tensors()?;
-        for (name, entry) in &state.0 {
+        let fit = |(name, entry): &(String, Entry<'_>)| {
+            let value = || self.values.get(name).ok_or_else(|| absent(name));
             match entry {
-                Entry::Model(core) => {
-                    for param in core.model.params() {
-                        let key = format!("{name}.{}", param.name);
-                        let saved = tensors.tensor(&key).map_err(|_| absent(&key))?;
-                        let (dtype, shape) = (tensor_dtype(param.dtype)?, &param.shape);
-                        if saved.dtype() != dtype || saved.shape() != shape {
-                            return Err(Error::argument(
-                                format!(
-                                    "'{key}' was saved as {:?} {:?}, the model has {dtype:?} {shape:?}",
-                                    saved.dtype(),
-                                    saved.shape()
-                                ),
-                                "Build the model with the sizes that were saved",
-                            ));
-                        }
-                    }
+                Entry::Model(core) => fit_model(name, core, &tensors).map(|()| Fitted::Model),
+                Entry::Optimizer(optimizer) => {
+                    let state = optimizer_state(name, value()?, &tensors)?;
+                    optimizer.check_state(&state)?;
+                    Ok(Fitted::Optimizer(state))
                 }
-                Entry::Optimizer(_) | Entry::Value(_) if !self.values.contains_key(name) => {
-                    return Err(absent(name));
+                Entry::Value(target) => {
+                    target.check_json(name, value()?)?;
+                    Ok(Fitted::Value)
                 }
-                Entry::Optimizer(_) | Entry::Value(_) => {}
             }
-        }
-        Ok(())
+        };
+        state.0.iter().map(fit).collect()
     }
 
-    fn apply(mut self, state: State<'_>) -> Result<HashMap<String, Value>> {
+    /// Change everything in `state`; returns the values that are left.
+    fn apply(mut self, state: State<'_>, fitted: Vec<Fitted>) -> Result<HashMap<String, Value>> {
         let mut values = std::mem::take(&mut self.values);
         let tensors = self.tensors()?;
-        for (name, entry) in state.0 {
-            match entry {
-                Entry::Model(core) => {
-                    for (index, param) in core.model.params().iter().enumerate() {
-                        let slab = slab_of(&tensors.tensor(&format!("{name}.{}", param.name))?)?;
-                        core.model.with(ParamId(index), &mut |buffer| {
-                            buffer.write(0..slab.numel(), slab.part(0..slab.numel()))
-                        })?;
-                    }
+        for ((name, entry), fitted) in state.0.into_iter().zip(fitted) {
+            let value = values.remove(&name);
+            match (entry, fitted, value) {
+                (Entry::Model(core), ..) => load_model(&name, &core, &tensors)?,
+                (Entry::Optimizer(optimizer), Fitted::Optimizer(state), _) => {
+                    optimizer.load_state(state)?
                 }
-                Entry::Optimizer(optimizer) => {
-                    let steps = values
-                        .remove(&name)
-                        .and_then(|steps| steps.as_u64())
-                        .unwrap_or(0);
-                    let prefix = format!("{name}.");
-                    let states = tensors
-                        .iter()
-                        .filter_map(|(key, view)| Some((key.strip_prefix(&prefix)?, view)));
-                    let tensors = states
-                        .map(|(key, view)| Ok((key.to_string(), slab_of(&view)?)))
-                        .collect::<Result<_>>()?;
-                    optimizer.load_state(OptimizerState { steps, tensors })?;
-                }
-                Entry::Value(value) => {
-                    if let Some(json) = values.remove(&name) {
-                        value.set_json(&name, json)?;
-                    }
-                }
+                (Entry::Value(target), _, Some(json)) => target.set_json(&name, &json)?,
+                _ => unreachable!("fit() has seen the same entries and values"),
             }
         }
         Ok(values)
     }
+}
+
+/// What was found for an entry of a state.
+enum Fitted {
+    Model,
+    Optimizer(OptimizerState),
+    Value,
+}
+
+fn fit_model(name: &str, core: &Core, tensors: &SafeTensors<'_>) -> Result<()> {
+    for param in core.model.params() {
+        let key = format!("{name}.{}", param.name);
+        let saved = tensors.tensor(&key).map_err(|_| absent(&key))?;
+        let (dtype, shape) = (tensor_dtype(param.dtype)?, &param.shape);
+        if saved.dtype() != dtype || saved.shape() != shape {
+            return Err(Error::argument(
+                format!(
+                    "'{key}' was saved as {:?} {:?}, the model has {dtype:?} {shape:?}",
+                    saved.dtype(),
+                    saved.shape()
+                ),
+                "Build the model with the sizes that were saved",
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn load_model(name: &str, core: &Core, tensors: &SafeTensors<'_>) -> Result<()> {
+    for (index, param) in core.model.params().iter().enumerate() {
+        let slab = slab_of(&tensors.tensor(&format!("{name}.{}", param.name))?)?;
+        core.model.with(ParamId(index), &mut |buffer| {
+            buffer.write(0..slab.numel(), slab.part(0..slab.numel()))
+        })?;
+    }
+    Ok(())
+}
+
+fn optimizer_state(name: &str, steps: &Value, tensors: &SafeTensors<'_>) -> Result<OptimizerState> {
+    let steps = steps.as_u64().ok_or_else(|| {
+        Error::argument(
+            format!("'{name}' in the checkpoint is no optimizer"),
+            "Load it as what it was saved as",
+        )
+    })?;
+    let prefix = format!("{name}.");
+    let own = tensors.iter();
+    let own = own.filter_map(|(key, view)| Some((key.strip_prefix(&prefix)?, view)));
+    let tensors = own.map(|(key, view)| Ok((key.to_string(), slab_of(&view)?)));
+    Ok(OptimizerState {
+        steps,
+        tensors: tensors.collect::<Result<_>>()?,
+    })
 }
 
 fn absent(name: &str) -> Error {

@@ -64,6 +64,10 @@ impl<O: Optimizer> FabricOptimizer<O> {
         Ok(self.optimizer.state(&*self.core.model)?)
     }
 
+    pub(crate) fn check_state(&self, state: &OptimizerState) -> Result<()> {
+        Ok(self.optimizer.check_state(&*self.core.model, state)?)
+    }
+
     pub(crate) fn load_state(&mut self, state: OptimizerState) -> Result<()> {
         Ok(self.optimizer.load_state(&*self.core.model, state)?)
     }
