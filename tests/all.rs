@@ -1,5 +1,6 @@
 //! One test binary: the rooms' tests against each other.
 
+mod checkpoint;
 mod ddp;
 mod exhaustive;
 mod facade;
