@@ -134,8 +134,8 @@ fn bits(values: &[f32]) -> Vec<u32> {
 }
 
 fn assert_gradients(sequencer: &Sequencer, world: usize, batches: usize, context: &str) {
-    for param in 0..SIZES.len() {
-        let mut found = vec![0f32; SIZES[param]];
+    for (param, numel) in SIZES.into_iter().enumerate() {
+        let mut found = vec![0f32; numel];
         let grad = sequencer.grad(ParamId(param)).expect("a gradient");
         cast(grad, SpanMut::of(&mut found)).unwrap();
         let expected = oracle(world, batches, param);

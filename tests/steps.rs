@@ -281,7 +281,8 @@ fn backward_without_a_model_is_refused() {
 #[test]
 fn ranks_with_different_models_say_where_they_differ() {
     let base = || Puppet::new().param("a", &[0f32; 6]);
-    let cases: [(fn(Puppet) -> Puppet, [&str; 2]); 5] = [
+    type Change = fn(Puppet) -> Puppet;
+    let cases: [(Change, [&str; 2]); 5] = [
         (
             |_| Puppet::new().param("b", &[0f32; 6]),
             ["parameter 'a': f32 [6]", "parameter 'b': f32 [6]"],

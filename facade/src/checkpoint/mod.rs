@@ -202,6 +202,7 @@ impl Fabric {
     /// # Errors
     /// On all ranks, when one cannot read the file or something does not fit.
     pub fn load(&self, path: impl AsRef<Path>, state: State<'_>) -> Result<HashMap<String, Value>> {
+        self.comm()?;
         let path = path.as_ref();
         let read = read(path).and_then(|file| Ok((file.fit(&state)?, file)));
         let failure = read.as_ref().err().map_or(String::new(), Error::to_string);

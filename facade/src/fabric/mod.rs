@@ -189,6 +189,9 @@ impl Fabric {
 
     /// Run `body` on every rank, each a thread of this process: for tests and notebooks. Returns the ranks' values.
     ///
+    /// The threads share the loggers and the callbacks, and take turns with them: a callback that waits for another rank
+    /// would wait for ever here.
+    ///
     /// # Errors
     /// The first failure among the ranks.
     pub fn launch_threads<T: Send>(
