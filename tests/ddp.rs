@@ -1,7 +1,7 @@
 //! Gradients averaged by the sequencer itself, over wires that the test chooses. Method: a handful of awkward vectors as
 //! a model; the canonical tree in plain f32 is the oracle for values, the plan for costs, the trace for order.
 
-use std::time::Duration;
+use std::{sync::Barrier, time::Duration};
 
 use fabric_engine::{
     buffer::Slab,
@@ -356,7 +356,9 @@ fn slab(dtype: Dtype, values: &[f64]) -> Slab {
 #[test]
 fn a_rank_that_waits_can_be_aborted_from_another_thread() {
     // Rank 1 never comes to the barrier, in which rank 0 holds the communicator.
+    let connected = Barrier::new(2);
     let said = ranks(2, Wire::Tcp, |comm| {
+        connected.wait();
         if comm.rank() == 1 {
             return comm
                 .aborter()

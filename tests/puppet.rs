@@ -1,7 +1,7 @@
 //! A model that does as it is told: any dtypes, frozen parameters, and hooks that a test calls when and as often as it
 //! likes. Also the stage for it: a fabric of threads, and what each rank said when it failed.
 
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Barrier, Mutex, OnceLock};
 
 use fabric::{
     Fabric, Result,
@@ -112,8 +112,10 @@ pub(crate) fn failures<T: Send>(
     body: impl Fn(&Fabric) -> Result<T> + Sync,
 ) -> Vec<String> {
     let said = Mutex::new(vec![None; world]);
+    let connected = Barrier::new(world); // else a rank that still connects fails there
     let outcome = ddp(world).launch_threads(|fabric| {
         let rank = fabric.global_rank();
+        connected.wait();
         let result = body(fabric);
         said.lock().unwrap()[rank] = result.as_ref().err().map(ToString::to_string);
         result

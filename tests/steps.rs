@@ -1,6 +1,8 @@
 //! Training steps through Fabric: what parameters without a gradient, mistakes, and ranks that fail do to the others.
 //! Method: ranks as threads; where something must fail, what every rank says of it.
 
+use std::sync::{Barrier, Mutex};
+
 use fabric::{
     Error, Fabric, FabricModule, Result,
     model::ParamId,
@@ -414,9 +416,11 @@ fn an_error_during_backward_that_is_caught_still_ends_the_others() {
 
 #[test]
 fn a_panic_during_backward_ends_the_others() {
-    let said = std::sync::Mutex::new(String::new());
+    let said = Mutex::new(String::new());
+    let set_up = Barrier::new(2);
     let outcome = ddp(2).launch_threads(|fabric| {
         let model = pair(fabric)?;
+        set_up.wait();
         let broken = fabric.global_rank() == 1;
         let result = fabric.backward(Script(|| {
             assert!(!broken, "this panic is part of the test");
