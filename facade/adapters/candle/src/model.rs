@@ -88,6 +88,10 @@ impl Shelf {
         self.closed.store(true, Ordering::Release);
     }
 
+    pub(crate) fn is_set_up(&self) -> bool {
+        self.outlet.get().is_some()
+    }
+
     /// Run `f` while the variables hold their memory.
     pub(crate) fn with_vars<T>(&self, f: impl FnOnce(&[Param]) -> Result<T>) -> Result<T> {
         if self.lent.swap(true, Ordering::AcqRel) {
