@@ -221,11 +221,13 @@ impl Optimizer for AdamW {
         let mut tensors = pack(model, "exp_avg", &self.average);
         tensors.extend(pack(model, "exp_avg_sq", &self.square));
         let steps = self.steps.iter().zip(model.params());
-        tensors.extend(
-            steps.map(|(steps, param)| {
-                (format!("step.{}", param.name), Slab::from_slice(&[*steps]))
-            }),
-        );
+        tensors.extend(steps.map(|(steps, param)| {
+            // i64, which every reader of safetensors knows: candle refuses a file with a u64 in it.
+            (
+                format!("step.{}", param.name),
+                Slab::from_slice(&[*steps as i64]),
+            )
+        }));
         Ok(OptimizerState {
             steps: self.steps.iter().copied().max().unwrap_or(0),
             tensors,
@@ -237,8 +239,8 @@ impl Optimizer for AdamW {
         self.square = unpack(model, "exp_avg_sq", &mut state)?;
         let steps = |param: &crate::model::ParamMeta| {
             let slab = remove(&mut state, &format!("step.{}", param.name));
-            slab.filter(|slab| slab.dtype() == Dtype::U64 && slab.numel() == 1)
-                .map_or(0, |slab| slab.as_slice::<u64>()[0])
+            slab.filter(|slab| slab.dtype() == Dtype::I64 && slab.numel() == 1)
+                .map_or(0, |slab| slab.as_slice::<i64>()[0].unsigned_abs())
         };
         self.steps = model.params().iter().map(steps).collect();
         refuse_rest(&state)
