@@ -1,9 +1,14 @@
 //! One test binary: the rooms' tests against each other.
 
+mod checkpoint;
+mod ddp;
 mod exhaustive;
+mod facade;
 mod parity;
 mod process;
+mod puppet;
 mod ranks;
 mod sim;
+mod steps;
 mod strangers;
 mod tidy;

@@ -42,7 +42,8 @@ pub trait Buffer {
     fn read(&self, range: Range<usize>, into: SpanMut<'_>) -> Result<()> {
         let span = self.span().ok_or_else(|| neither("read"))?;
         within(&range, span.len())?;
-        kernels::cast(span.slice(range), into).map_err(Error::kernel(0, "read a buffer"))
+        kernels::cast(span.slice(range), into)
+            .map_err(|error| Error::library("read a buffer", error))
     }
 
     /// Copy `from` to elements `range` (same length), casting on the way.
@@ -52,7 +53,8 @@ pub trait Buffer {
     fn write(&mut self, range: Range<usize>, from: Span<'_>) -> Result<()> {
         let mut span = self.span_mut().ok_or_else(|| neither("write"))?;
         within(&range, span.len())?;
-        kernels::cast(from, span.slice(range)).map_err(Error::kernel(0, "write a buffer"))
+        kernels::cast(from, span.slice(range))
+            .map_err(|error| Error::library("write a buffer", error))
     }
 
     /// The elements themselves, when they lie in one contiguous piece.

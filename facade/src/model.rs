@@ -136,18 +136,19 @@ pub(crate) struct Core {
     sequencer: Mutex<Sequencer>,
     pub(crate) prediction: Spent,
     sync: AtomicBool,
-    reported: AtomicBool,
+    reported_everywhere: AtomicBool,
+    reported_somewhere: AtomicBool,
 }
 
 impl Core {
     pub(crate) fn new(model: Arc<dyn Model>, sequencer: Sequencer, prediction: Spent) -> Self {
-        let (sync, reported) = (AtomicBool::new(true), AtomicBool::new(false));
         Self {
             model,
             sequencer: Mutex::new(sequencer),
             prediction,
-            sync,
-            reported,
+            sync: AtomicBool::new(true),
+            reported_everywhere: AtomicBool::new(false),
+            reported_somewhere: AtomicBool::new(false),
         }
     }
 
@@ -166,32 +167,31 @@ impl Core {
         self.sync.store(sync, Ordering::Relaxed);
     }
 
-    /// What to say about parameters without a gradient: once, after the first synchronised backward that has some.
+    /// What to say about parameters without a gradient: of those that no rank used, and of those that some did not, once
+    /// each, after the first synchronised backward that has some.
     pub(crate) fn unused_report(&self, unused: &Unused) -> Option<String> {
-        if (unused.everywhere.is_empty() && unused.somewhere.is_empty())
-            || self.reported.swap(true, Ordering::Relaxed)
-        {
-            return None;
-        }
         let mut text = String::new();
+        let first = |params: &[ParamId], reported: &AtomicBool| {
+            !params.is_empty() && !reported.swap(true, Ordering::Relaxed)
+        };
         let names = |params: &[ParamId]| {
             let name = |param: &ParamId| format!("'{}'", self.model.params()[param.0].name);
             params.iter().map(name).collect::<Vec<_>>().join(", ")
         };
-        if !unused.everywhere.is_empty() {
+        if first(&unused.everywhere, &self.reported_everywhere) {
             text += &format!(
                 "no gradient reached {} on any rank: an optimizer will not move them. {}. ",
                 names(&unused.everywhere),
                 self.model.unused_hint()
             );
         }
-        if !unused.somewhere.is_empty() {
+        if first(&unused.somewhere, &self.reported_somewhere) {
             text += &format!(
                 "no gradient reached {} on some of the ranks: there it counted as zero. ",
                 names(&unused.somewhere)
             );
         }
-        Some(text + "This is said once")
+        (!text.is_empty()).then(|| text + "This is said once")
     }
 }
 

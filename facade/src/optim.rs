@@ -29,10 +29,19 @@ pub trait Optimizer: Send {
     /// When the optimizer hides its state.
     fn state(&self, model: &dyn Model) -> Result<OptimizerState>;
 
+    /// Whether [`Optimizer::load_state`] will take `state`: asked before a checkpoint changes anything.
+    ///
+    /// # Errors
+    /// When it does not fit: says what.
+    fn check_state(&self, model: &dyn Model, state: &OptimizerState) -> Result<()> {
+        let _ = (model, state);
+        Ok(())
+    }
+
     /// Go on from a saved state.
     ///
     /// # Errors
-    /// When it does not fit.
+    /// When it does not fit; nothing is changed then.
     fn load_state(&mut self, model: &dyn Model, state: OptimizerState) -> Result<()>;
 }
 
@@ -129,10 +138,15 @@ impl Optimizer for Sgd {
         })
     }
 
+    fn check_state(&self, model: &dyn Model, state: &OptimizerState) -> Result<()> {
+        check(model, &["momentum"], state)
+    }
+
     fn load_state(&mut self, model: &dyn Model, mut state: OptimizerState) -> Result<()> {
-        self.momentum = unpack(model, "momentum", &mut state)?;
+        self.check_state(model, &state)?;
+        self.momentum = unpack(model, "momentum", &mut state);
         self.steps = state.steps;
-        refuse_rest(&state)
+        Ok(())
     }
 }
 
@@ -224,7 +238,7 @@ impl Optimizer for AdamW {
         tensors.extend(steps.map(|(steps, param)| {
             // i64, which every reader of safetensors knows: candle refuses a file with a u64 in it.
             (
-                format!("step.{}", param.name),
+                format!("{STEP}.{}", param.name),
                 Slab::from_slice(&[*steps as i64]),
             )
         }));
@@ -234,18 +248,23 @@ impl Optimizer for AdamW {
         })
     }
 
+    fn check_state(&self, model: &dyn Model, state: &OptimizerState) -> Result<()> {
+        check(model, &["exp_avg", "exp_avg_sq", STEP], state)
+    }
+
     fn load_state(&mut self, model: &dyn Model, mut state: OptimizerState) -> Result<()> {
-        self.average = unpack(model, "exp_avg", &mut state)?;
-        self.square = unpack(model, "exp_avg_sq", &mut state)?;
-        let steps = |param: &crate::model::ParamMeta| {
-            let slab = remove(&mut state, &format!("step.{}", param.name));
-            slab.filter(|slab| slab.dtype() == Dtype::I64 && slab.numel() == 1)
-                .map_or(0, |slab| slab.as_slice::<i64>()[0].unsigned_abs())
-        };
-        self.steps = model.params().iter().map(steps).collect();
-        refuse_rest(&state)
+        self.check_state(model, &state)?;
+        self.average = unpack(model, "exp_avg", &mut state);
+        self.square = unpack(model, "exp_avg_sq", &mut state);
+        let steps = unpack(model, STEP, &mut state).into_iter();
+        self.steps = steps
+            .map(|slab| slab.map_or(0, |slab| slab.as_slice::<i64>()[0].unsigned_abs()))
+            .collect();
+        Ok(())
     }
 }
+
+const STEP: &str = "step"; // a counter for each parameter, beside the vectors
 
 /// The type in which states of a parameter are kept.
 fn state_dtype(param: Dtype) -> Dtype {
@@ -272,12 +291,12 @@ fn update(
             )
         })?;
         if let Some(span) = buffer.span_mut() {
-            return f(span).map_err(Error::kernel(0, name()));
+            return f(span).map_err(|error| Error::library(name(), error));
         }
         let numel = buffer.numel();
         let mut copy = Slab::zeroed(buffer.dtype(), numel);
         buffer.read(0..numel, copy.part_mut(0..numel))?;
-        f(copy.part_mut(0..numel)).map_err(Error::kernel(0, name()))?;
+        f(copy.part_mut(0..numel)).map_err(|error| Error::library(name(), error))?;
         buffer.write(0..numel, copy.part(0..numel))
     })
 }
@@ -301,40 +320,49 @@ fn copy_of(span: Span<'_>) -> Slab {
     copy
 }
 
-fn unpack(model: &dyn Model, kind: &str, state: &mut OptimizerState) -> Result<Vec<Option<Slab>>> {
-    let take = |param: &crate::model::ParamMeta| {
-        let Some(slab) = remove(state, &format!("{kind}.{}", param.name)) else {
-            return Ok(None);
+/// Each vector of `state` must be of one of `kinds`, belong to a parameter, and be as long.
+fn check(model: &dyn Model, kinds: &[&str], state: &OptimizerState) -> Result<()> {
+    for (name, slab) in &state.tensors {
+        let owner = kinds.iter().find_map(|kind| {
+            let name = name.strip_prefix(kind)?.strip_prefix('.')?;
+            let param = model.params().iter().find(|param| param.name == name)?;
+            Some((*kind, param))
+        });
+        let Some((kind, param)) = owner else {
+            return Err(Error::argument(
+                format!(
+                    "the saved optimizer state has '{name}', which this optimizer does not know"
+                ),
+                "Load the state of the same kind of optimizer and model",
+            ));
         };
-        if (slab.dtype(), slab.numel()) == (state_dtype(param.dtype), param.numel()) {
-            return Ok(Some(slab));
+        let (numel, dtype) = match kind {
+            STEP => (1, Dtype::I64),
+            _ => (param.numel(), state_dtype(param.dtype)),
+        };
+        if (slab.numel(), slab.dtype()) != (numel, dtype) {
+            return Err(Error::argument(
+                format!(
+                    "the saved {kind} of '{}' is {} x {}, this model needs {numel} x {dtype}",
+                    param.name,
+                    slab.numel(),
+                    slab.dtype(),
+                ),
+                "Load the checkpoint of the same model",
+            ));
         }
-        Err(Error::argument(
-            format!(
-                "the saved {kind} of '{}' has {} x {}, the parameter {} x {}",
-                param.name,
-                slab.numel(),
-                slab.dtype(),
-                param.numel(),
-                param.dtype
-            ),
-            "Load the checkpoint of the same model",
-        ))
-    };
-    model.params().iter().map(take).collect()
-}
-
-fn remove(state: &mut OptimizerState, name: &str) -> Option<Slab> {
-    let index = state.tensors.iter().position(|(other, _)| other == name)?;
-    Some(state.tensors.swap_remove(index).1)
-}
-
-fn refuse_rest(state: &OptimizerState) -> Result<()> {
-    match state.tensors.first() {
-        None => Ok(()),
-        Some((name, _)) => Err(Error::argument(
-            format!("the saved optimizer state has '{name}', which this optimizer does not know"),
-            "Load the state of the same kind of optimizer and model",
-        )),
     }
+    Ok(())
+}
+
+/// The vectors of `kind`, by parameter.
+fn unpack(model: &dyn Model, kind: &str, state: &mut OptimizerState) -> Vec<Option<Slab>> {
+    let mut take = |name: String| {
+        let index = state.tensors.iter().position(|(other, _)| *other == name)?;
+        Some(state.tensors.swap_remove(index).1)
+    };
+    let params = model.params().iter();
+    params
+        .map(|param| take(format!("{kind}.{}", param.name)))
+        .collect()
 }

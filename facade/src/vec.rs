@@ -122,7 +122,7 @@ impl<T: Element> Backward for VecLoss<'_, T> {
                     fabric_engine::kernels::SpanMut::of(&mut grad),
                 );
                 fabric_engine::kernels::cast_scaled(from, into, f64::from(scale))
-                    .map_err(Error::kernel(0, "scale a gradient"))?;
+                    .map_err(|error| Error::library("scale a gradient", error))?;
             }
             events.ready(ParamId(index), &grad)?;
         }

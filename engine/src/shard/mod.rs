@@ -11,7 +11,7 @@ pub mod sequencer;
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use crate::comm::Communicator;
+use crate::comm::{Aborter, Communicator, Rank, trace::Trace};
 
 /// A parameter's position in the model's registration order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -47,19 +47,54 @@ impl ParamMeta {
     }
 }
 
-/// A communicator that several models and the user's own calls share.
+/// A communicator that several models and the user's own calls share. What never changes is known without the lock,
+/// which a blocking collective holds for as long as it takes: who wants to abort must not wait for it.
 #[derive(Clone)]
-pub struct SharedComm(Arc<Mutex<Box<dyn Communicator>>>);
+pub struct SharedComm {
+    comm: Arc<Mutex<Box<dyn Communicator>>>,
+    rank: Rank,
+    size: usize,
+    aborter: Aborter,
+    trace: Trace,
+}
 
 impl SharedComm {
     /// Share `comm`.
     pub fn new(comm: Box<dyn Communicator>) -> Self {
-        Self(Arc::new(Mutex::new(comm)))
+        let (rank, size) = (comm.rank(), comm.size());
+        let (aborter, trace) = (comm.aborter(), comm.trace());
+        Self {
+            comm: Arc::new(Mutex::new(comm)),
+            rank,
+            size,
+            aborter,
+            trace,
+        }
     }
 
     /// The communicator, until the guard is dropped.
     pub fn lock(&self) -> MutexGuard<'_, Box<dyn Communicator>> {
         // A panic elsewhere leaves the communicator itself intact: it keeps its own first error.
-        self.0.lock().unwrap_or_else(|held| held.into_inner())
+        self.comm.lock().unwrap_or_else(|held| held.into_inner())
+    }
+
+    /// This rank's number in the group.
+    pub fn rank(&self) -> Rank {
+        self.rank
+    }
+
+    /// Ranks in the group.
+    pub fn size(&self) -> usize {
+        self.size
+    }
+
+    /// A handle that stops everything, also while another thread waits.
+    pub fn aborter(&self) -> Aborter {
+        self.aborter.clone()
+    }
+
+    /// The record of what happened.
+    pub fn trace(&self) -> Trace {
+        self.trace.clone()
     }
 }

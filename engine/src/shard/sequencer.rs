@@ -5,7 +5,7 @@ use fabric_kernels::{Dtype, Span, SpanMut};
 
 use super::{ParamId, SharedComm, bucket::Bucket, plan::Plan};
 use crate::{
-    buffer::Buffer,
+    buffer::{Buffer, Slab},
     comm::{
         Data, ReduceOp, Work,
         trace::{Event, Trace},
@@ -38,6 +38,7 @@ pub struct Sequencer {
     rank: usize,
     world: usize,
     buckets: Vec<Bucket>,
+    word: Option<Slab>, // the control word's memory; away while it is reduced
     phase: Phase,
     touched: bool,
     failed: Option<Error>,
@@ -67,14 +68,15 @@ impl Sequencer {
                 ))
             })
             .collect::<Result<Vec<_>>>()?;
-        let (rank, world, trace) = (guard.rank(), guard.size(), guard.trace());
         drop(guard);
+        let (rank, world, trace) = (comm.rank(), comm.size(), comm.trace());
         Ok(Self {
             plan,
             comm,
             rank,
             world,
             buckets,
+            word: None,
             phase: Phase::Idle,
             touched: false,
             failed: None,
@@ -131,10 +133,10 @@ impl Sequencer {
                     param.0,
                     self.plan.params().len()
                 ),
-                "",
+                "Number the parameters as Model::params lists them",
             ));
         };
-        let (name, numel) = (meta.name.clone(), meta.numel());
+        let (name, numel) = (&meta.name, meta.numel());
         let Phase::Backward { sync, .. } = self.phase else {
             return Err(self.error(
                 &format!("the gradient of '{name}' became ready outside fabric.backward"),
@@ -214,6 +216,17 @@ impl Sequencer {
         self.phase = Phase::Idle;
     }
 
+    /// The backward failed on this rank and cannot be completed: every later call returns `error`.
+    pub fn fail(&mut self, error: Error) {
+        self.failed.get_or_insert(error);
+        self.phase = Phase::Idle;
+    }
+
+    /// The first error: a hook's, or a reduction's.
+    pub fn failure(&self) -> Option<Error> {
+        self.failed.clone()
+    }
+
     /// The backward is over: launch what is left, wait for everything, compare which parameters were used.
     ///
     /// # Errors
@@ -247,7 +260,10 @@ impl Sequencer {
     /// The control word: how many ranks hold a gradient for each parameter.
     fn compare_use(&mut self) -> Result<Unused> {
         let mut comm = self.comm.lock();
-        let mut word = comm.alloc(Dtype::I32, self.plan.params().len())?;
+        let mut word = match self.word.take() {
+            Some(word) => word,
+            None => comm.alloc(Dtype::I32, self.plan.params().len())?,
+        };
         for (param, used) in word.as_mut_slice::<i32>().iter_mut().enumerate() {
             let place = self.plan.place(ParamId(param));
             *used = place
@@ -271,6 +287,7 @@ impl Sequencer {
                 unused.somewhere.push(ParamId(param));
             }
         }
+        self.word = Some(word);
         Ok(unused)
     }
 

@@ -81,6 +81,7 @@ impl Fabric {
     /// # Errors
     /// `body`'s, rank 0's, or a collective's.
     pub fn rank_zero_first<T>(&self, body: impl FnOnce() -> Result<T>) -> Result<T> {
+        self.comm()?; // before launch nothing runs
         if !self.is_global_zero() {
             return match self.hear_from_zero(String::new())?.as_str() {
                 "" => body(),
@@ -92,8 +93,9 @@ impl Fabric {
             .as_ref()
             .err()
             .map_or(String::new(), |error| format!("{error} "));
-        self.hear_from_zero(failure)?;
-        result
+        let heard = self.hear_from_zero(failure);
+        let value = result?; // the first cause
+        heard.map(|_| value)
     }
 
     /// Rank 0's text, on all ranks, however long it takes to come.

@@ -1,5 +1,6 @@
 //! The object that a training program holds: what was asked for, the job that was joined, and Fabric's verbs.
 
+mod clip;
 mod collectives;
 mod record;
 mod training;
@@ -15,7 +16,8 @@ use fabric_engine::{
     shard::{SharedComm, plan},
 };
 
-pub use training::{Clip, FabricOptimizer};
+pub use clip::Clip;
+pub use training::FabricOptimizer;
 
 use crate::{
     callback::{Callback, Callbacks},
@@ -198,7 +200,7 @@ impl Fabric {
         threads::run(count, threads::STACK_BYTES, |rank| {
             let fabric = self.twin();
             *fabric.lock_world() = Some(meeting.join(rank, count)?);
-            let result = body(&fabric);
+            let result = threads::caught(rank, || body(&fabric)); // the others are told what a panic says
             fabric.leave(result.as_ref().err());
             result
         })
@@ -296,7 +298,7 @@ impl Fabric {
     /// # Errors
     /// Before launch.
     pub fn trace(&self) -> Result<Trace> {
-        Ok(self.comm()?.lock().trace())
+        Ok(self.comm()?.trace())
     }
 
     /// A handle that ends the job from any thread.
@@ -304,7 +306,7 @@ impl Fabric {
     /// # Errors
     /// Before launch.
     pub fn aborter(&self) -> Result<Aborter> {
-        Ok(self.comm()?.lock().aborter())
+        Ok(self.comm()?.aborter())
     }
 
     /// What this rank was warned of so far; each was also printed once.

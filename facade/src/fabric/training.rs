@@ -1,11 +1,10 @@
-//! Setting up and stepping: models and optimizers in, backward, clipping, accumulation.
+//! Setting up and stepping: models and optimizers in, backward, accumulation.
 
 use std::sync::Arc;
 
 use fabric_engine::{
-    kernels,
+    Error as EngineError, Result as EngineResult,
     shard::{
-        ParamId,
         plan::Plan,
         replicate::{agree, broadcast},
         sequencer::{Sequencer, Unused},
@@ -15,31 +14,10 @@ use fabric_engine::{
 use super::{Fabric, lock};
 use crate::{
     data::{DataLoader, Dataset},
-    error::{Error, Result},
+    error::Result,
     model::{Backward, Core, FabricModule, Gradients, Model, Reporter, mistake},
     optim::{Optimizer, OptimizerState},
 };
-
-/// How gradients are clipped.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Clip {
-    /// Scale all so that their norm of this order (2.0; `f64::INFINITY` for the largest element) is at most `max`.
-    Norm {
-        /// The largest norm allowed.
-        max: f64,
-        /// The order of the norm.
-        order: f64,
-    },
-    /// Clamp each element to `-value..=value`.
-    Value(f64),
-}
-
-impl Clip {
-    /// By the Euclidean norm.
-    pub fn norm(max: f64) -> Self {
-        Self::Norm { max, order: 2.0 }
-    }
-}
 
 /// An optimizer that was set up: it steps on whole gradients.
 pub struct FabricOptimizer<O: Optimizer> {
@@ -84,6 +62,10 @@ impl<O: Optimizer> FabricOptimizer<O> {
 
     pub(crate) fn state(&self) -> Result<OptimizerState> {
         Ok(self.optimizer.state(&*self.core.model)?)
+    }
+
+    pub(crate) fn check_state(&self, state: &OptimizerState) -> Result<()> {
+        Ok(self.optimizer.check_state(&*self.core.model, state)?)
     }
 
     pub(crate) fn load_state(&mut self, state: OptimizerState) -> Result<()> {
@@ -162,7 +144,8 @@ impl Fabric {
     /// [`Fabric::no_backward_sync`]; when it returns, they are whole.
     ///
     /// # Errors
-    /// The library's error, a hook's, or a reduction's: a rank that is gone, or one that does something else.
+    /// The library's error, a hook's, or a reduction's: a rank that is gone, or one that does something else. When
+    /// gradients were to be averaged, the error ends the job on all ranks.
     pub fn backward(&self, loss: impl Backward) -> Result<()> {
         self.backward_scaled(loss, 1.0)
     }
@@ -172,6 +155,7 @@ impl Fabric {
     /// # Errors
     /// As [`Fabric::backward`].
     pub fn backward_scaled(&self, loss: impl Backward, scale: f32) -> Result<()> {
+        self.comm()?;
         let cores = lock(&self.inner.models).clone();
         if cores.is_empty() {
             return Err(mistake(
@@ -181,23 +165,46 @@ impl Fabric {
             )
             .into());
         }
-        for core in &cores {
+        self.run(&cores, loss, scale)
+            .map_err(|error| self.give_up(&cores, error).into())
+    }
+
+    fn run(&self, cores: &[Arc<Core>], loss: impl Backward, scale: f32) -> EngineResult<()> {
+        for core in cores {
             core.sequencer().begin(core.syncs())?;
         }
-        let result = loss.backward(scale);
-        for core in &cores {
+        loss.backward(scale)?;
+        for core in cores {
             // One model takes part even when no gradient of it became ready: other ranks may wait for it. Of several,
             // those that the loss touched.
             if cores.len() > 1 && !core.sequencer().is_touched() {
                 core.sequencer().cancel();
                 continue;
             }
-            let finished = core.sequencer().finish();
-            if result.is_ok() || finished.is_err() {
-                self.report(core, finished?);
-            }
+            let unused = core.sequencer().finish()?;
+            self.report(core, unused);
         }
-        Ok(result?)
+        Ok(())
+    }
+
+    /// A backward failed. The other ranks wait for gradients that will not come, and zeros in their place would be
+    /// wrong: unless nothing was to be reduced, the job ends here.
+    fn give_up(&self, cores: &[Arc<Core>], error: EngineError) -> EngineError {
+        // A hook's own words come before those that a library wraps around them.
+        let kept = cores.iter().find_map(|core| core.sequencer().failure());
+        let error = kept.unwrap_or(error);
+        let reduces = |core: &Arc<Core>| core.syncs() && core.sequencer().reduction().is_some();
+        if !cores.iter().any(reduces) {
+            cores.iter().for_each(|core| core.sequencer().cancel());
+            return error;
+        }
+        for core in cores {
+            core.sequencer().fail(error.clone());
+        }
+        if let (Ok(comm), false) = (self.comm(), error.is_from_peer()) {
+            comm.aborter().abort(error.to_string());
+        }
+        error
     }
 
     fn report(&self, core: &Core, unused: Option<Unused>) {
@@ -234,58 +241,6 @@ impl Fabric {
         drop(restore);
         result
     }
-
-    /// Clip the gradients of `module`. Returns the total norm before clipping, for [`Clip::Norm`].
-    ///
-    /// # Errors
-    /// When the norm is not finite, or the arguments make no sense.
-    pub fn clip_gradients<M: Model>(
-        &self,
-        module: &FabricModule<M>,
-        clip: Clip,
-    ) -> Result<Option<f64>> {
-        let mut sequencer = module.core.sequencer();
-        let params = (0..sequencer.plan().params().len())
-            .map(ParamId)
-            .collect::<Vec<_>>();
-        match clip {
-            Clip::Value(limit) => {
-                for param in params {
-                    if let Some(grad) = sequencer.grad_mut(param) {
-                        kernels::clamp(grad, limit)?;
-                    }
-                }
-                Ok(None)
-            }
-            Clip::Norm { max, order } => {
-                if !(max > 0.0 && (order == 2.0 || order == f64::INFINITY)) {
-                    return Err(Error::argument(
-                        format!("clipping to a norm of {max} and order {order}"),
-                        "Give a positive norm, and the order 2.0 or f64::INFINITY",
-                    ));
-                }
-                let norm = total_norm(&sequencer, &params, order)?;
-                if !norm.is_finite() {
-                    return Err(mistake(
-                        self.global_rank(),
-                        format!("the gradients' norm is {norm}"),
-                        "Look at the loss and the learning rate; an input may hold NaN",
-                    )
-                    .into());
-                }
-                // torch's rule: the 1e-6 keeps the result below the limit.
-                let factor = max / (norm + 1e-6);
-                if factor < 1.0 {
-                    for param in params {
-                        if let Some(grad) = sequencer.grad_mut(param) {
-                            scale(grad, factor)?;
-                        }
-                    }
-                }
-                Ok(Some(norm))
-            }
-        }
-    }
 }
 
 struct Restore<'a> {
@@ -297,43 +252,4 @@ impl Drop for Restore<'_> {
     fn drop(&mut self) {
         self.core.set_sync(self.sync);
     }
-}
-
-/// The norm over all gradients, in parameter order: the same bits on all ranks, which hold the same gradients.
-fn total_norm(sequencer: &Sequencer, params: &[ParamId], order: f64) -> Result<f64> {
-    let mut total = 0f64;
-    for param in params {
-        let Some(grad) = sequencer.grad(*param) else {
-            continue;
-        };
-        if order == 2.0 {
-            total += kernels::sum_squares(grad)?.sum;
-        } else {
-            let mut copy = vec![0f64; grad.len()];
-            kernels::cast(grad, kernels::SpanMut::of(&mut copy))?;
-            for value in copy {
-                // f64::max would drop a NaN.
-                total = if value.is_nan() {
-                    f64::NAN
-                } else {
-                    total.max(value.abs())
-                };
-                if total.is_nan() {
-                    return Ok(total);
-                }
-            }
-        }
-    }
-    Ok(if order == 2.0 { total.sqrt() } else { total })
-}
-
-fn scale(mut grad: kernels::SpanMut<'_>, factor: f64) -> Result<()> {
-    let mut copy = fabric_engine::buffer::Slab::zeroed(grad.dtype(), grad.len());
-    let all = 0..grad.len();
-    kernels::cast(grad.as_span(), copy.part_mut(all.clone()))?;
-    Ok(kernels::cast_scaled(
-        copy.part(all),
-        grad.reborrow(),
-        factor,
-    )?)
 }

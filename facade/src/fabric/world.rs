@@ -120,7 +120,7 @@ pub(super) fn as_rank<T>(
         launch::die_with_supervisor(pid)?;
     }
     let result = join(place).and_then(|world| {
-        launch::on_terminate(world.comm.lock().aborter())?;
+        launch::on_terminate(world.comm.aborter())?;
         *fabric.lock_world() = Some(world);
         body(fabric)
     });

@@ -39,11 +39,7 @@ pub fn run<T: Send>(
         if !*start.wait() {
             return None;
         }
-        let outcome = catch_unwind(AssertUnwindSafe(|| body(rank))).unwrap_or_else(|panic| {
-            let text = panic_text(&*panic);
-            Err(Error::new(format!("rank {rank} panicked: {text}")))
-        });
-        outcome
+        caught(rank, || body(rank))
             .map_err(|error| {
                 failures
                     .lock()
@@ -85,6 +81,14 @@ pub fn run<T: Send>(
             .collect::<Option<_>>()
             .ok_or_else(|| Error::new("a rank's thread ended without a result")),
     }
+}
+
+/// What `body` returns; its panic is an error of `rank`.
+pub(crate) fn caught<T>(rank: usize, body: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| {
+        let text = panic_text(&*panic);
+        Err(Error::new(format!("rank {rank} panicked: {text}")))
+    })
 }
 
 /// The first error that is not the echo of another rank's; else the first.
