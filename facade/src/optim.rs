@@ -236,9 +236,10 @@ impl Optimizer for AdamW {
         tensors.extend(pack(model, "exp_avg_sq", &self.square));
         let steps = self.steps.iter().zip(model.params());
         tensors.extend(steps.map(|(steps, param)| {
+            // i64, which every reader of safetensors knows: candle refuses a file with a u64 in it.
             (
                 format!("{STEP}.{}", param.name),
-                Slab::from_slice(&[*steps]),
+                Slab::from_slice(&[*steps as i64]),
             )
         }));
         Ok(OptimizerState {
@@ -257,7 +258,7 @@ impl Optimizer for AdamW {
         self.square = unpack(model, "exp_avg_sq", &mut state);
         let steps = unpack(model, STEP, &mut state).into_iter();
         self.steps = steps
-            .map(|slab| slab.map_or(0, |slab| slab.as_slice::<u64>()[0]))
+            .map(|slab| slab.map_or(0, |slab| slab.as_slice::<i64>()[0].unsigned_abs()))
             .collect();
         Ok(())
     }
@@ -336,7 +337,7 @@ fn check(model: &dyn Model, kinds: &[&str], state: &OptimizerState) -> Result<()
             ));
         };
         let (numel, dtype) = match kind {
-            STEP => (1, Dtype::U64),
+            STEP => (1, Dtype::I64),
             _ => (param.numel(), state_dtype(param.dtype)),
         };
         if (slab.numel(), slab.dtype()) != (numel, dtype) {

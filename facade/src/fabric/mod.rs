@@ -258,6 +258,11 @@ impl Fabric {
         self.lock_world().as_ref().map_or(1, |world| world.size)
     }
 
+    /// How many ranks the job will have, already before launch: to check arguments once, and not on every rank.
+    pub fn devices(&self) -> usize {
+        self.inner.resolved.devices
+    }
+
     /// Whether this is the rank that writes files and prints.
     pub fn is_global_zero(&self) -> bool {
         self.global_rank() == 0

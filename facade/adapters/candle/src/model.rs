@@ -2,7 +2,10 @@
 
 use std::{
     ops::Deref,
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use candle_core::{DType, Device, Result, Shape, Tensor, Var, bail};
@@ -20,7 +23,8 @@ use crate::{
 pub const UNUSED_HINT: &str = "Check that the loss depends on it, and look for operations of candle that cut gradients \
      without a word: LayerNorm's and RmsNorm's forward (write the norm out, or use RmsNorm::forward_diff), \
      ops::layer_norm, ops::rms_norm, ops::softmax_last_dim (use ops::softmax), ops::sdpa, and rotary_emb::rope, \
-     rope_i and rope_thd (use rope_slow)";
+     rope_i and rope_thd (use rope_slow), attention::flash_attn on the CPU, ConcatKvCache and InterleavedKvCache, and \
+     quantized layers";
 
 /// Build a model: `f` gets a `VarBuilder` from which unmodified candle-nn code takes its parameters. Their first values
 /// are decided by `fabric.seed_everything` and their names. A name that is asked for twice is one parameter (tied).
@@ -63,7 +67,8 @@ pub struct CandleModel<M> {
 pub(crate) struct Shelf {
     params: Mutex<Vec<Param>>,
     outlet: Outlet,
-    closed: std::sync::atomic::AtomicBool,
+    closed: AtomicBool, // the model is built: no further parameter
+    lent: AtomicBool,   // the variables have the memory
 }
 
 /// One parameter: the shell that candle's optimizers know, and the hooked tensor that has the memory.
@@ -80,14 +85,23 @@ impl Shelf {
     }
 
     fn close(&self) {
-        self.closed
-            .store(true, std::sync::atomic::Ordering::Release);
+        self.closed.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn is_set_up(&self) -> bool {
+        self.outlet.get().is_some()
     }
 
     /// Run `f` while the variables hold their memory.
     pub(crate) fn with_vars<T>(&self, f: impl FnOnce(&[Param]) -> Result<T>) -> Result<T> {
+        if self.lent.swap(true, Ordering::AcqRel) {
+            bail!(
+                "the variables have their memory already: with_vars, or a step of candle's optimizer, ran inside with_vars"
+            );
+        }
         let params = self.params().clone();
         let mut lent = Lending {
+            shelf: self,
             params: &params,
             moved: 0,
         };
@@ -103,6 +117,7 @@ impl Shelf {
 
 /// Gives the memory back to the hooked tensors, also when `f` panics.
 struct Lending<'a> {
+    shelf: &'a Shelf,
     params: &'a [Param],
     moved: usize,
 }
@@ -113,6 +128,7 @@ impl Drop for Lending<'_> {
             let back = take(&param.var).and_then(|memory| put(&param.tensor, memory));
             back.expect("memory that was moved out of a tensor moves back into it");
         }
+        self.shelf.lent.store(false, Ordering::Release);
     }
 }
 
@@ -121,7 +137,7 @@ impl<M> CandleModel<M> {
     /// not run the model inside, and do not keep the variables' values: they are empty again afterwards.
     ///
     /// # Errors
-    /// `f`'s.
+    /// `f`'s; and inside another `with_vars` of the same model, before anything is moved.
     pub fn with_vars<T>(&self, f: impl FnOnce(&[(String, Var)]) -> Result<T>) -> Result<T> {
         self.shelf.with_vars(|params| {
             let vars = params
@@ -153,6 +169,15 @@ impl<M: Send + Sync + 'static> Model for CandleModel<M> {
         param: ParamId,
         f: &mut dyn FnMut(&mut dyn Buffer) -> EngineResult<()>,
     ) -> EngineResult<()> {
+        if self.shelf.lent.load(Ordering::Acquire) {
+            return Err(Error::argument(
+                format!(
+                    "'{}' is wanted while its variable has its memory",
+                    self.metas[param.0].name
+                ),
+                "Save, load, clip and step outside with_vars",
+            ));
+        }
         let tensor = self.shelf.params()[param.0].tensor.clone();
         open(&tensor, f)
     }
@@ -183,13 +208,15 @@ impl SimpleBackend for Backend {
         if let Some(param) = params.iter().find(|param| param.meta.name == name) {
             if param.tensor.shape() != &shape || param.tensor.dtype() != dtype {
                 bail!(
-                    "'{name}' is asked for as {shape:?} and as {:?}: a tied parameter has one shape",
+                    "'{name}' is asked for as {dtype:?} {shape:?} and as {:?} {:?}: a tied parameter has one type and one \
+                     shape",
+                    param.tensor.dtype(),
                     param.tensor.shape()
                 );
             }
             return Ok(param.tensor.clone());
         }
-        if self.0.closed.load(std::sync::atomic::Ordering::Acquire) {
+        if self.0.closed.load(Ordering::Acquire) {
             bail!(
                 "'{name}' is asked for after the model was built: make all parameters inside fabric_candle::build"
             );

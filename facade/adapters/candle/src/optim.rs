@@ -39,6 +39,12 @@ impl<O: candle_nn::Optimizer> CandleOptimizer<O> {
 
 impl<O: candle_nn::Optimizer + Send> Optimizer for CandleOptimizer<O> {
     fn step(&mut self, _: &dyn Model, grads: &Gradients<'_>) -> EngineResult<()> {
+        if !self.shelf.is_set_up() {
+            return Err(Error::argument(
+                "this optimizer has the variables of another model, which was not set up",
+                "Make it from the model that it is set up with: CandleOptimizer::new(&model, ...)",
+            ));
+        }
         let inner = &mut self.inner;
         self.shelf
             .with_vars(|params| {

@@ -41,16 +41,11 @@ pub fn load(path: Option<&Path>, context: usize) -> Result<(Windows, Windows)> {
         ),
     };
     let mut files = Vec::new();
-    collect(&root, path.is_some_and(Path::is_file), &mut files).map_err(|error| {
-        Error::argument(
-            format!("cannot read the text in {}: {error}", root.display()),
-            "Give a file or a folder: --data PATH",
-        )
-    })?;
+    collect(&root, path.is_some_and(Path::is_file), &mut files).map_err(unreadable(&root))?;
     files.sort();
     let mut text = Vec::new();
     for file in &files {
-        text.extend(fs::read(file)?);
+        text.extend(fs::read(file).map_err(unreadable(file))?);
         text.push(b'\n');
     }
     let (mut train, mut validation) = (Vec::new(), Vec::new());
@@ -76,6 +71,15 @@ pub fn load(path: Option<&Path>, context: usize) -> Result<(Windows, Windows)> {
         ));
     }
     Ok((train, validation))
+}
+
+fn unreadable(path: &Path) -> impl FnOnce(std::io::Error) -> Error {
+    move |error| {
+        Error::argument(
+            format!("cannot read the text in {}: {error}", path.display()),
+            "Give a file or a folder: --data PATH",
+        )
+    }
 }
 
 fn collect(path: &Path, whole: bool, files: &mut Vec<PathBuf>) -> std::io::Result<()> {
