@@ -1,5 +1,7 @@
 //! Gradients that travel together: where they are, which have arrived in this backward, and which hold a value at all.
 
+use std::ops::Range;
+
 use fabric_kernels::{self as kernels, Fold, Span, SpanMut};
 
 use super::plan::BucketPlan;
@@ -13,9 +15,18 @@ use crate::{
 pub struct Bucket {
     plan: BucketPlan,
     place: Place,
+    shard: Option<Shard>,
     arrived: Vec<bool>, // by entry: in this backward
-    filled: Vec<bool>,  // by entry: since the last zero_grad
-    missing: usize,     // entries that have not arrived in this backward
+    filled: Vec<bool>, // by entry: holds a gradient that the next reduction takes along, or (unsharded) the whole
+    missing: usize,    // entries that have not arrived in this backward
+}
+
+/// Where ranks own slices: this rank's, reduced and added up since the last zero_grad. The bucket's own memory is free
+/// again after a reduction.
+struct Shard {
+    own: Range<usize>, // in the bucket
+    sum: Slab,
+    held: Vec<bool>, // by entry
 }
 
 /// Where the bucket's memory is.
@@ -27,16 +38,22 @@ enum Place {
 
 impl Bucket {
     /// An empty bucket in `slab`.
-    pub(super) fn new(plan: BucketPlan, slab: Slab) -> Self {
+    pub(super) fn new(plan: BucketPlan, slab: Slab, own: Option<Range<usize>>) -> Self {
         assert_eq!(
-            (plan.dtype, plan.layout.numel()),
+            (plan.dtype, plan.padded),
             (slab.dtype(), slab.numel()),
             "a slab that fits the plan"
         );
         let entries = plan.layout.entries().len();
+        let shard = own.map(|own| Shard {
+            sum: Slab::zeroed(plan.dtype, own.len()),
+            own,
+            held: vec![false; entries],
+        });
         Self {
             plan,
             place: Place::Here(slab),
+            shard,
             arrived: vec![false; entries],
             filled: vec![false; entries],
             missing: entries,
@@ -64,9 +81,23 @@ impl Bucket {
         self.filled[entry]
     }
 
-    /// Say that entry `entry` holds a gradient (because other ranks had one), or that it does not.
-    pub(super) fn set_filled(&mut self, entry: usize, filled: bool) {
-        self.filled[entry] = filled;
+    /// Say whether any rank had a gradient for `entry` in the reduction that is over.
+    pub(super) fn set_used(&mut self, entry: usize, used: bool) {
+        match &mut self.shard {
+            Some(shard) => {
+                shard.held[entry] |= used;
+                self.filled[entry] = false;
+            }
+            None => self.filled[entry] = used,
+        }
+    }
+
+    /// Whether entry `entry` has a gradient that an optimizer can read.
+    pub(super) fn is_held(&self, entry: usize) -> bool {
+        match &self.shard {
+            Some(shard) => shard.held[entry],
+            None => self.filled[entry],
+        }
     }
 
     /// Take a gradient in: copied on the first micro-batch, added on the next, cast on the way.
@@ -97,6 +128,11 @@ impl Bucket {
 
     /// Put zeros where no gradient is: what a rank that did not use a parameter adds to the sum.
     pub(super) fn fill_gaps(&mut self, rank: usize) -> Result<()> {
+        let padding = self.plan.layout.numel()..self.plan.padded;
+        if !padding.is_empty() {
+            let part = self.here(rank)?.part_mut(padding);
+            kernels::fill(part, 0.0).map_err(Error::kernel(rank, "clear the padding"))?;
+        }
         for entry in 0..self.filled.len() {
             if !self.filled[entry] {
                 let range = self.plan.layout.entries()[entry].1.clone();
@@ -120,8 +156,24 @@ impl Bucket {
         Ok(())
     }
 
+    /// Wait until the memory is back from its reduction; where ranks own slices, add this rank's to its sum.
+    pub(super) fn land(&mut self, rank: usize) -> Result<()> {
+        self.settle()?;
+        if let (Some(shard), Place::Here(slab)) = (&mut self.shard, &self.place) {
+            let (from, all) = (slab.part(shard.own.clone()), 0..shard.own.len());
+            let into = shard.sum.part_mut(all);
+            let added = if shard.held.contains(&true) {
+                kernels::fold(Fold::Sum, into, from)
+            } else {
+                kernels::cast(from, into)
+            };
+            added.map_err(Error::kernel(rank, "add a reduced gradient"))?;
+        }
+        Ok(())
+    }
+
     /// Wait until the memory is back.
-    pub(super) fn land(&mut self) -> Result<()> {
+    pub(super) fn settle(&mut self) -> Result<()> {
         if let Place::Away(work) = std::mem::replace(&mut self.place, Place::Lost) {
             self.place = Place::Here(work.wait()?.into_output());
         } else {
@@ -130,26 +182,50 @@ impl Bucket {
         Ok(())
     }
 
+    /// The bucket's memory, while it holds no gradient: for parameters on their way to all ranks.
+    pub(super) fn memory(&mut self, rank: usize) -> Result<&mut Slab> {
+        self.here(rank)
+    }
+
     /// Forget all gradients.
     pub(super) fn clear(&mut self) {
         self.filled.fill(false);
+        if let Some(shard) = &mut self.shard {
+            shard.held.fill(false);
+        }
     }
 
-    /// The gradient of entry `entry`, if it holds one.
-    pub(super) fn grad(&self, entry: usize) -> Option<Span<'_>> {
-        match (&self.place, self.filled[entry]) {
-            (Place::Here(slab), true) => {
-                Some(slab.part(self.plan.layout.entries()[entry].1.clone()))
+    /// The gradient at `place` in the bucket, of entry `entry`, if there is one that an optimizer can read.
+    pub(super) fn piece(&self, entry: usize, place: Range<usize>) -> Option<Span<'_>> {
+        match (&self.shard, &self.place) {
+            _ if !self.is_held(entry) => None,
+            (Some(shard), _) => {
+                let start = shard.own.start;
+                Some(shard.sum.part(place.start - start..place.end - start))
             }
+            (None, Place::Here(slab)) => Some(slab.part(place)),
+            (None, _) => None,
+        }
+    }
+
+    /// The same, to change.
+    pub(super) fn piece_mut(&mut self, entry: usize, place: Range<usize>) -> Option<SpanMut<'_>> {
+        match (&mut self.shard, &mut self.place) {
+            (Some(shard), _) if shard.held[entry] => {
+                let start = shard.own.start;
+                Some(shard.sum.part_mut(place.start - start..place.end - start))
+            }
+            (None, Place::Here(slab)) if self.filled[entry] => Some(slab.part_mut(place)),
             _ => None,
         }
     }
 
-    /// The gradient of entry `entry`, to change, if it holds one.
-    pub(super) fn grad_mut(&mut self, entry: usize) -> Option<SpanMut<'_>> {
-        let range = self.plan.layout.entries()[entry].1.clone();
-        match (&mut self.place, self.filled[entry]) {
-            (Place::Here(slab), true) => Some(slab.part_mut(range)),
+    /// The gradient of entry `entry`, if it holds one.
+    pub(super) fn grad(&self, entry: usize) -> Option<Span<'_>> {
+        match (&self.place, self.filled[entry] && self.shard.is_none()) {
+            (Place::Here(slab), true) => {
+                Some(slab.part(self.plan.layout.entries()[entry].1.clone()))
+            }
             _ => None,
         }
     }

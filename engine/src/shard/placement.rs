@@ -71,14 +71,38 @@ pub const DDP: Row = Row {
     optim: Placement::Replicate,
 };
 
+/// ZeRO stage 1 (Rajbhandari et al. 2020): optimizer state, and so the update, is sharded; parameters are replicated.
+pub const ZERO1: Row = Row {
+    name: "zero1",
+    param: Placement::Replicate,
+    grad: Placement::Partial(ReduceOp::Avg),
+    optim: Placement::Shard,
+};
+
 /// All rows that can be run.
-pub const ROWS: [Row; 2] = [SINGLE, DDP];
+pub const ROWS: [Row; 3] = [SINGLE, DDP, ZERO1];
+
+/// Other names for rows.
+const ALIASES: [(&str, Row); 1] = [("deepspeed_stage_1", ZERO1)];
 
 impl Row {
-    /// The row called `name` (in any case).
+    /// The row called `name` (in any case), or that has it as another name.
     pub fn named(name: &str) -> Option<Self> {
+        let aliases = ALIASES.into_iter();
         ROWS.into_iter()
-            .find(|row| row.name.eq_ignore_ascii_case(name))
+            .map(|row| (row.name, row))
+            .chain(aliases)
+            .find_map(|(known, row)| known.eq_ignore_ascii_case(name).then_some(row))
+    }
+
+    /// Whether each rank updates a slice of its own.
+    pub fn shards_update(&self) -> bool {
+        self.optim == Placement::Shard
+    }
+
+    /// What brings updated parameters back to where they stand between steps.
+    pub fn after_step(&self) -> Transition {
+        transition(self.optim, self.param)
     }
 
     /// What turns a gradient as it stands after the last micro-batch into what the optimizer reads.
@@ -95,16 +119,18 @@ mod tests {
     fn rows_reduce_as_the_table_says() {
         assert_eq!(SINGLE.reduction(), Transition::Local);
         assert_eq!(DDP.reduction(), Transition::AllReduce(ReduceOp::Avg));
-        let shard = Row {
-            optim: Placement::Shard,
-            ..DDP
-        };
-        assert_eq!(shard.reduction(), Transition::ReduceScatter(ReduceOp::Avg));
+        assert_eq!(ZERO1.reduction(), Transition::ReduceScatter(ReduceOp::Avg));
+        let after = [SINGLE, DDP, ZERO1].map(|row| row.after_step());
+        assert_eq!(
+            after,
+            [Transition::Local, Transition::Local, Transition::AllGather]
+        );
     }
 
     #[test]
     fn a_row_is_found_by_its_name_in_any_case() {
         assert_eq!(Row::named("DDP"), Some(DDP));
+        assert_eq!(Row::named("DeepSpeed_stage_1"), Some(ZERO1));
         assert_eq!(Row::named("dpp"), None);
     }
 

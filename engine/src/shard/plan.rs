@@ -1,6 +1,8 @@
 //! A strategy applied to a model: which parameters travel together, in which order, in which type. A pure function of
 //! (names, shapes, dtypes, world, options), so that all ranks make the same plan without talking; its hash is compared.
 
+use std::ops::Range;
+
 use fabric_kernels::Dtype;
 
 use super::{
@@ -41,6 +43,29 @@ pub struct BucketPlan {
     pub dtype: Dtype,
     /// Where each lies.
     pub layout: Layout,
+    /// Elements that travel: the layout's, and zeros up to a multiple of the world size where ranks own slices.
+    pub padded: usize,
+}
+
+impl BucketPlan {
+    /// The slice of the bucket that `rank` of `world` owns.
+    pub fn slice(&self, rank: usize, world: usize) -> Range<usize> {
+        let len = self.padded / world;
+        rank * len..(rank + 1) * len
+    }
+}
+
+/// Elements of one parameter that one rank updates.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// Of which parameter.
+    pub param: ParamId,
+    /// Which of its elements.
+    pub range: Range<usize>,
+    /// In which bucket their gradient lies.
+    pub bucket: usize,
+    /// Where in the bucket it lies.
+    pub place: Range<usize>,
 }
 
 /// The plan.
@@ -99,6 +124,7 @@ impl Plan {
                 .position(|bucket| bucket.dtype == dtype)
                 .unwrap_or_else(|| {
                     open.push(BucketPlan {
+                        padded: 0,
                         dtype,
                         layout: Layout::default(),
                     });
@@ -120,6 +146,10 @@ impl Plan {
         closed.sort_by_key(|bucket| {
             std::cmp::Reverse(bucket.layout.entries().last().map(|(param, _)| *param))
         });
+        let whole = if row.shards_update() { world } else { 1 };
+        for bucket in &mut closed {
+            bucket.padded = bucket.layout.numel().next_multiple_of(whole);
+        }
         let mut places = vec![None; params.len()];
         for (bucket, plan) in closed.iter().enumerate() {
             for (entry, (param, _)) in plan.layout.entries().iter().enumerate() {
@@ -163,17 +193,51 @@ impl Plan {
         self.places.get(param.0).copied().flatten()
     }
 
+    /// What `rank` updates: all parameters, or, where the update is sharded, its slice of every bucket cut at the borders of
+    /// parameters; in bucket order.
+    pub fn pieces(&self, rank: usize) -> Vec<Piece> {
+        let mut pieces = Vec::new();
+        for (index, bucket) in self.buckets.iter().enumerate() {
+            let own = match self.row.shards_update() {
+                true => bucket.slice(rank, self.world),
+                false => 0..bucket.padded,
+            };
+            for (param, range) in bucket.layout.entries() {
+                let place = range.start.max(own.start)..range.end.min(own.end);
+                if !place.is_empty() {
+                    pieces.push(Piece {
+                        param: *param,
+                        range: place.start - range.start..place.end - range.start,
+                        bucket: index,
+                        place,
+                    });
+                }
+            }
+        }
+        pieces
+    }
+
     /// The reduction of one bucket's gradients, where the strategy has one.
     pub fn reduction(&self) -> Option<ReduceOp> {
         match self.row.reduction() {
-            Transition::AllReduce(op) => Some(op),
+            Transition::AllReduce(op) | Transition::ReduceScatter(op) => Some(op),
             _ => None,
         }
     }
 
     /// The collective that reduces bucket `index`.
     pub(crate) fn bucket_call(&self, index: usize, op: ReduceOp) -> Call {
-        Call::new(Op::AllReduce(op)).label(Label::Bucket(index as u32))
+        let op = match self.row.reduction() {
+            Transition::ReduceScatter(_) => Op::ReduceScatter(op),
+            _ => Op::AllReduce(op),
+        };
+        Call::new(op).label(Label::Bucket(index as u32))
+    }
+
+    /// The collective that brings the updated parameters of bucket `index` to all ranks, where each updates its own.
+    pub(crate) fn gather_call(&self, index: usize) -> Option<Call> {
+        let gathers = self.row.after_step() == Transition::AllGather;
+        gathers.then(|| Call::new(Op::AllGather).label(Label::Params(index as u32)))
     }
 
     /// The control word at the end of a synchronised backward: one i32 a parameter, how many ranks have a gradient.
@@ -188,13 +252,21 @@ impl Plan {
         let mut spent = Spent::default();
         if let Some(op) = self.reduction() {
             for (index, bucket) in self.buckets.iter().enumerate() {
-                spent += comm.price(
-                    &self.bucket_call(index, op),
-                    bucket.dtype,
-                    bucket.layout.numel(),
-                );
+                let call = self.bucket_call(index, op);
+                spent += comm.price(&call, bucket.dtype, bucket.padded);
             }
             spent += comm.price(&self.control_call(), Dtype::I32, self.params.len());
+        }
+        spent
+    }
+
+    /// What one optimizer step will cost this rank, by the schedules alone.
+    pub fn predict_step(&self, comm: &dyn Communicator) -> Spent {
+        let mut spent = Spent::default();
+        for (index, bucket) in self.buckets.iter().enumerate() {
+            if let Some(call) = self.gather_call(index) {
+                spent += comm.price(&call, bucket.dtype, bucket.padded);
+            }
         }
         spent
     }
@@ -213,11 +285,7 @@ impl Plan {
             )
         }));
         facts.extend(self.buckets.iter().enumerate().map(|(index, bucket)| {
-            format!(
-                "bucket {index}: {} x {}",
-                bucket.layout.numel(),
-                bucket.dtype
-            )
+            format!("bucket {index}: {} x {}", bucket.padded, bucket.dtype)
         }));
         facts
     }

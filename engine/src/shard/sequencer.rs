@@ -3,7 +3,12 @@
 
 use fabric_kernels::{Dtype, Span, SpanMut};
 
-use super::{ParamId, SharedComm, bucket::Bucket, plan::Plan};
+use super::{
+    ParamId, SharedComm,
+    bucket::Bucket,
+    plan::{Piece, Plan},
+    replicate::WithParam,
+};
 use crate::{
     buffer::{Buffer, Slab},
     comm::{
@@ -62,10 +67,10 @@ impl Sequencer {
             .buckets()
             .iter()
             .map(|bucket| {
-                Ok(Bucket::new(
-                    bucket.clone(),
-                    guard.alloc(bucket.dtype, bucket.layout.numel())?,
-                ))
+                let slab = guard.alloc(bucket.dtype, bucket.padded)?;
+                let shards = plan.row().shards_update();
+                let own = shards.then(|| bucket.slice(guard.rank(), guard.size()));
+                Ok(Bucket::new(bucket.clone(), slab, own))
             })
             .collect::<Result<Vec<_>>>()?;
         drop(guard);
@@ -253,7 +258,10 @@ impl Sequencer {
         for index in launched..self.buckets.len() {
             self.launch(index)?;
         }
-        self.buckets.iter_mut().try_for_each(Bucket::land)?;
+        let rank = self.rank;
+        self.buckets
+            .iter_mut()
+            .try_for_each(|bucket| bucket.land(rank))?;
         self.compare_use().map(Some)
     }
 
@@ -280,7 +288,7 @@ impl Sequencer {
             let Some((bucket, entry)) = self.plan.place(ParamId(param)) else {
                 continue;
             };
-            self.buckets[bucket].set_filled(entry, *used > 0);
+            self.buckets[bucket].set_used(entry, *used > 0);
             if *used == 0 {
                 unused.everywhere.push(ParamId(param));
             } else if (*used as usize) < self.world {
@@ -296,7 +304,7 @@ impl Sequencer {
         let places = (0..self.plan.params().len())
             .map(|param| (ParamId(param), self.plan.place(ParamId(param))));
         let empty = |place: Option<(usize, usize)>| {
-            place.is_some_and(|(bucket, entry)| !self.buckets[bucket].is_filled(entry))
+            place.is_some_and(|(bucket, entry)| !self.buckets[bucket].is_held(entry))
         };
         places
             .filter(|(_, place)| empty(*place))
@@ -310,10 +318,66 @@ impl Sequencer {
         self.buckets[bucket].grad(entry)
     }
 
-    /// The gradient of `param`, to change (to clip it, say); `None` when it has none.
-    pub fn grad_mut(&mut self, param: ParamId) -> Option<SpanMut<'_>> {
-        let (bucket, entry) = self.plan.place(param)?;
-        self.buckets[bucket].grad_mut(entry)
+    /// The gradient of a piece that this rank updates, in the reduce dtype; `None` when its parameter has none.
+    pub fn piece(&self, piece: &Piece) -> Option<Span<'_>> {
+        let (bucket, entry) = self.plan.place(piece.param)?;
+        self.buckets[bucket].piece(entry, piece.place.clone())
+    }
+
+    /// The same, to change (to clip it, say).
+    pub fn piece_mut(&mut self, piece: &Piece) -> Option<SpanMut<'_>> {
+        let (bucket, entry) = self.plan.place(piece.param)?;
+        self.buckets[bucket].piece_mut(entry, piece.place.clone())
+    }
+
+    /// After an update of pieces: bring every rank's to all, where each updates its own. `with` reaches the parameters.
+    ///
+    /// # Errors
+    /// When a rank is gone, or a parameter refuses to be read or written.
+    pub fn gather(&mut self, with: &mut WithParam<'_>) -> Result<()> {
+        self.check()?;
+        let result = self.gather_buckets(with);
+        if let Err(error) = &result {
+            self.failed.get_or_insert(error.clone());
+        }
+        result
+    }
+
+    /// The buckets' memory is free between the end of a backward and the next: parameters travel in it. The next bucket is
+    /// filled while the last one travels.
+    fn gather_buckets(&mut self, with: &mut WithParam<'_>) -> Result<()> {
+        let pieces = self.plan.pieces(self.rank);
+        let mut before = None;
+        for index in 0..self.buckets.len() {
+            let Some(call) = self.plan.gather_call(index) else {
+                return Ok(());
+            };
+            let slab = self.buckets[index].memory(self.rank)?;
+            for piece in pieces.iter().filter(|piece| piece.bucket == index) {
+                with(piece.param, &mut |buffer| {
+                    buffer.read(piece.range.clone(), slab.part_mut(piece.place.clone()))
+                })?;
+            }
+            let mut comm = self.comm.lock();
+            self.buckets[index].launch(self.rank, |slab| comm.submit(call, Data::InPlace(slab)))?;
+            drop(comm);
+            if let Some(before) = before.replace(index) {
+                self.scatter(before, with)?;
+            }
+        }
+        before.map_or(Ok(()), |last| self.scatter(last, with))
+    }
+
+    /// Write a gathered bucket's parameters.
+    fn scatter(&mut self, index: usize, with: &mut WithParam<'_>) -> Result<()> {
+        self.buckets[index].settle()?;
+        let slab = self.buckets[index].memory(self.rank)?;
+        for (param, range) in self.plan.buckets()[index].layout.entries() {
+            with(*param, &mut |buffer| {
+                buffer.write(0..range.len(), slab.part(range.clone()))
+            })?;
+        }
+        Ok(())
     }
 
     /// Forget all gradients.
