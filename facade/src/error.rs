@@ -43,18 +43,18 @@ impl<E: StdError + Send + Sync + 'static> From<E> for Error {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.0)?;
-        let mut shown = self.0.to_string();
+        let mut text = self.0.to_string();
+        let mut shown = text.clone();
         let mut cause = self.0.source();
         while let Some(error) = cause {
-            let text = error.to_string();
-            if !shown.contains(&text) {
-                write!(f, ": {text}")?;
-                shown = text;
+            let next = error.to_string();
+            if !shown.contains(&next) {
+                text += &format!(": {next}");
+                shown = next;
             }
             cause = error.source();
         }
-        Ok(())
+        f.write_str(&text) // in one piece, so that ranks which share a terminal do not cut each other's sentences
     }
 }
 

@@ -255,7 +255,11 @@ impl Shared {
                 });
                 Ok(data)
             }
-            Err(error) => Err(self.fail(error)),
+            Err(error) => {
+                let first = self.fail(error);
+                self.check(stamp)?; // the first error, which may have been raised just before this operation began
+                Err(first)
+            }
         }
     }
 
