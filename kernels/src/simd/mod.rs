@@ -8,6 +8,7 @@ mod lane;
 mod loops;
 mod optim;
 mod raw;
+mod squares;
 
 use std::marker::PhantomData;
 
@@ -16,6 +17,7 @@ pub(crate) use optim::{adamw, sgd};
 #[cfg(test)]
 pub(crate) use raw::away;
 pub(crate) use raw::copy;
+pub(crate) use squares::add_squares;
 
 use crate::dtype::{Bool, Element};
 use crate::fold::Fold;

@@ -2,6 +2,7 @@
 
 mod casts;
 mod equality;
+mod exact;
 mod optim;
 mod refusals;
 mod specials;
