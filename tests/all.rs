@@ -12,3 +12,4 @@ mod sim;
 mod steps;
 mod strangers;
 mod tidy;
+mod zero;

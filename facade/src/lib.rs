@@ -32,6 +32,7 @@ pub mod model;
 pub mod optim;
 pub mod resolve;
 pub mod seed;
+mod shards;
 pub mod vec;
 
 pub use checkpoint::State;

@@ -15,10 +15,13 @@ use fabric_engine::{
     comm::Spent,
     kernels::Span,
     shard::{
-        plan::Plan,
+        SharedComm,
+        plan::{Piece, Plan},
         sequencer::{Sequencer, Unused},
     },
 };
+
+use crate::shards::Shards;
 
 pub use fabric_engine::shard::{ParamId, ParamMeta, sequencer::Keep};
 
@@ -98,7 +101,13 @@ impl<M: Model> FabricModule<M> {
         self.core.prediction
     }
 
-    /// A copy of a parameter's gradient as f32, if it has one: for tests and for logging.
+    /// What one optimizer step costs this rank, predicted from the plan: nothing, unless ranks update pieces.
+    pub fn step_prediction(&self) -> Spent {
+        self.core.step_prediction
+    }
+
+    /// A copy of a parameter's gradient as f32, if it has one and this rank holds all of it (a strategy that shards the
+    /// update leaves it in pieces): for tests and for logging.
     pub fn grad(&self, param: ParamId) -> Option<Vec<f32>> {
         let sequencer = self.core.sequencer();
         let grad = sequencer.grad(param)?;
@@ -120,13 +129,31 @@ impl<M: Model> Deref for FabricModule<M> {
     }
 }
 
-/// The gradients that an optimizer reads: whole, the same on all ranks.
-pub struct Gradients<'a>(pub(crate) &'a Sequencer);
+/// The gradients that an optimizer reads, of the parameters of the model that it is given: reduced, in the reduce dtype.
+pub struct Gradients<'a> {
+    sequencer: &'a Sequencer,
+    pieces: Option<&'a [Piece]>,
+}
 
-impl Gradients<'_> {
-    /// The gradient of one parameter (in the reduce dtype), or `None` when it has none.
+impl<'a> Gradients<'a> {
+    /// Of whole parameters.
+    pub(crate) fn whole(sequencer: &'a Sequencer) -> Self {
+        let pieces = None;
+        Self { sequencer, pieces }
+    }
+
+    /// Of pieces: parameter i is piece i.
+    pub(crate) fn of_pieces(sequencer: &'a Sequencer, pieces: &'a [Piece]) -> Self {
+        let pieces = Some(pieces);
+        Self { sequencer, pieces }
+    }
+
+    /// The gradient of one parameter, or `None` when it has none.
     pub fn get(&self, param: ParamId) -> Option<Span<'_>> {
-        self.0.grad(param)
+        match self.pieces {
+            Some(pieces) => self.sequencer.piece(pieces.get(param.0)?),
+            None => self.sequencer.grad(param),
+        }
     }
 }
 
@@ -135,17 +162,28 @@ pub(crate) struct Core {
     pub(crate) model: Arc<dyn Model>,
     sequencer: Mutex<Sequencer>,
     pub(crate) prediction: Spent,
+    pub(crate) step_prediction: Spent,
+    pub(crate) shards: Option<Shards>,
+    pub(crate) comm: SharedComm,
     sync: AtomicBool,
     reported_everywhere: AtomicBool,
     reported_somewhere: AtomicBool,
 }
 
 impl Core {
-    pub(crate) fn new(model: Arc<dyn Model>, sequencer: Sequencer, prediction: Spent) -> Self {
+    pub(crate) fn new(
+        model: Arc<dyn Model>,
+        sequencer: Sequencer,
+        comm: SharedComm,
+        [prediction, step_prediction]: [Spent; 2],
+    ) -> Self {
         Self {
+            shards: Shards::of(&model, &sequencer),
             model,
             sequencer: Mutex::new(sequencer),
+            comm,
             prediction,
+            step_prediction,
             sync: AtomicBool::new(true),
             reported_everywhere: AtomicBool::new(false),
             reported_somewhere: AtomicBool::new(false),

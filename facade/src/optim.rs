@@ -45,7 +45,8 @@ pub trait Optimizer: Send {
     fn load_state(&mut self, model: &dyn Model, state: OptimizerState) -> Result<()>;
 }
 
-/// An optimizer's state: the number of steps taken, and vectors named `kind.parameter`.
+/// An optimizer's state: the number of steps taken, and vectors named `kind.parameter`, each as long as the parameter;
+/// except that `step.parameter` is one count.
 #[derive(Debug, Default)]
 pub struct OptimizerState {
     /// Steps taken.
@@ -264,7 +265,7 @@ impl Optimizer for AdamW {
     }
 }
 
-const STEP: &str = "step"; // a counter for each parameter, beside the vectors
+pub(crate) const STEP: &str = "step"; // a counter for each parameter, beside the vectors
 
 /// The type in which states of a parameter are kept.
 fn state_dtype(param: Dtype) -> Dtype {

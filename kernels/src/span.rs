@@ -111,6 +111,13 @@ impl<'a> SpanMut<'a> {
         }
     }
 
+    /// The elements in `range`, for as long as this span would have lived. Panics as [`SpanMut::slice`] does.
+    pub fn into_slice(self, range: Range<usize>) -> SpanMut<'a> {
+        let (start, len) = inside(range, self.len);
+        let ptr = self.ptr.wrapping_add(start * self.dtype.size());
+        SpanMut { ptr, len, ..self }
+    }
+
     /// The same elements, for as long as this span is borrowed.
     pub fn reborrow(&mut self) -> SpanMut<'_> {
         SpanMut {

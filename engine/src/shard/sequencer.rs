@@ -94,6 +94,11 @@ impl Sequencer {
         &self.plan
     }
 
+    /// This rank.
+    pub fn rank(&self) -> usize {
+        self.rank
+    }
+
     /// A backward begins; `sync`: it is the last micro-batch, its end makes the gradients whole.
     ///
     /// # Errors

@@ -1,7 +1,13 @@
 //! The file of a checkpoint: safetensors with every tensor, and every other value as JSON in its metadata. It is written
 //! beside its place, synced and renamed, so that it is there whole or not at all.
 
-use std::{borrow::Cow, collections::HashMap, fs, io, os::unix::fs::PermissionsExt, path::Path};
+use std::{
+    borrow::Cow,
+    collections::{HashMap, VecDeque},
+    fs, io,
+    os::unix::fs::PermissionsExt,
+    path::Path,
+};
 
 use fabric_engine::{
     buffer::Slab,
@@ -45,17 +51,22 @@ impl View for &Tensor {
     }
 }
 
-pub(super) fn write(path: &Path, state: &State<'_>) -> Result<()> {
+/// `states`: the optimizers', in the order of the entries.
+pub(super) fn write(
+    path: &Path,
+    state: &State<'_>,
+    mut states: VecDeque<OptimizerState>,
+) -> Result<()> {
     state.check_names()?;
     let (mut tensors, mut values) = (Vec::new(), serde_json::Map::new());
     for (name, entry) in &state.0 {
         match entry {
             Entry::Model(core) => model_tensors(name, core, &mut tensors)?,
-            Entry::Optimizer(optimizer) => {
+            Entry::Optimizer(_) => {
                 let OptimizerState {
                     steps,
                     tensors: states,
-                } = optimizer.state()?;
+                } = states.pop_front().expect("a state for each optimizer");
                 values.insert(name.clone(), steps.into());
                 for (kind, slab) in states {
                     let (shape, dtype) = (vec![slab.numel()], tensor_dtype(slab.dtype())?);

@@ -2,7 +2,11 @@
 
 mod file;
 
-use std::{collections::HashMap, path::Path, sync::Arc};
+use std::{
+    collections::{HashMap, VecDeque},
+    path::Path,
+    sync::Arc,
+};
 
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
@@ -101,12 +105,16 @@ fn is_inside(name: &str, other: &str) -> bool {
 
 /// An optimizer, whatever its type.
 trait Stateful {
+    fn is_sharded(&self) -> bool;
     fn state(&self) -> Result<OptimizerState>;
     fn check_state(&self, state: &OptimizerState) -> Result<()>;
     fn load_state(&mut self, state: OptimizerState) -> Result<()>;
 }
 
 impl<O: Optimizer> Stateful for FabricOptimizer<O> {
+    fn is_sharded(&self) -> bool {
+        FabricOptimizer::is_sharded(self)
+    }
     fn state(&self) -> Result<OptimizerState> {
         FabricOptimizer::state(self)
     }
@@ -116,6 +124,16 @@ impl<O: Optimizer> Stateful for FabricOptimizer<O> {
     fn load_state(&mut self, state: OptimizerState) -> Result<()> {
         FabricOptimizer::load_state(self, state)
     }
+}
+
+/// The optimizers' states, in the order of the entries; pieces are gathered from all ranks.
+fn optimizer_states(state: &State<'_>, zero: bool) -> Result<VecDeque<OptimizerState>> {
+    let optimizers = state.0.iter().filter_map(|(_, entry)| match entry {
+        Entry::Optimizer(optimizer) => Some(optimizer),
+        _ => None,
+    });
+    let needed = optimizers.filter(|optimizer| zero || optimizer.is_sharded());
+    needed.map(|optimizer| optimizer.state()).collect()
 }
 
 /// A value, whatever its type.
@@ -175,10 +193,11 @@ impl Fabric {
     pub fn save(&self, path: impl AsRef<Path>, state: State<'_>) -> Result<()> {
         self.comm()?; // before launch nothing is written
         let path = path.as_ref();
-        let written = if self.is_global_zero() {
-            write(path, &state)
-        } else {
-            Ok(())
+        let states = optimizer_states(&state, self.is_global_zero());
+        let written = match states {
+            Ok(states) if self.is_global_zero() => write(path, &state, states),
+            Ok(_) => Ok(()),
+            Err(error) => Err(error),
         };
         let failure = written
             .as_ref()

@@ -1,11 +1,13 @@
-//! Clipping gradients: by their norm, or by value. All ranks hold the same gradients, and so clip alike without a word.
+//! Clipping gradients: by their norm, or by value. Where all ranks hold all gradients they clip alike without a word; where
+//! each holds pieces they add their bins. The squares are added exactly, so that no cut changes the norm's bits.
 
 use std::ops::Range;
 
 use fabric_engine::{
     buffer::Slab,
-    kernels::{self, Span, SpanMut},
-    shard::{ParamId, sequencer::Sequencer},
+    comm::{Collectives, ReduceOp},
+    kernels::{self, Span, SpanMut, SquareBins},
+    shard::{SharedComm, plan::Piece, sequencer::Sequencer},
 };
 
 use super::Fabric;
@@ -49,13 +51,11 @@ impl Fabric {
         clip: Clip,
     ) -> Result<Option<f64>> {
         let mut sequencer = module.core.sequencer();
-        let params = (0..sequencer.plan().params().len())
-            .map(ParamId)
-            .collect::<Vec<_>>();
+        let pieces = sequencer.plan().pieces(sequencer.rank());
         match clip {
             Clip::Value(limit) => {
-                for param in params {
-                    if let Some(grad) = sequencer.grad_mut(param) {
+                for piece in &pieces {
+                    if let Some(grad) = sequencer.piece_mut(piece) {
                         kernels::clamp(grad, limit)?;
                     }
                 }
@@ -68,7 +68,9 @@ impl Fabric {
                         "Give a positive norm, and the order 2.0 or f64::INFINITY",
                     ));
                 }
-                let norm = total_norm(&sequencer, &params, order)?;
+                let sharded = module.core.shards.is_some();
+                let comm = sharded.then_some(&module.core.comm);
+                let norm = total_norm(&sequencer, &pieces, order, comm)?;
                 if !norm.is_finite() {
                     return Err(mistake(
                         self.global_rank(),
@@ -80,8 +82,8 @@ impl Fabric {
                 // torch's rule: the 1e-6 keeps the result below the limit.
                 let factor = max / (norm + 1e-6);
                 if factor < 1.0 {
-                    for param in params {
-                        if let Some(grad) = sequencer.grad_mut(param) {
+                    for piece in &pieces {
+                        if let Some(grad) = sequencer.piece_mut(piece) {
                             scale(grad, factor)?;
                         }
                     }
@@ -97,17 +99,32 @@ fn chunks(numel: usize) -> impl Iterator<Item = Range<usize>> {
     starts.map(move |start| start..numel.min(start + CHUNK_ELEMS))
 }
 
-/// The norm over all gradients, in parameter order: the same bits on all ranks, which hold the same gradients.
-fn total_norm(sequencer: &Sequencer, params: &[ParamId], order: f64) -> Result<f64> {
-    let mut total = 0f64;
-    for grad in params.iter().filter_map(|param| sequencer.grad(*param)) {
-        if order == 2.0 {
-            total += kernels::sum_squares(grad)?.sum;
-        } else {
-            total = largest(grad, total)?;
+/// The norm over all gradients; over `comm`, when each rank holds its own pieces.
+fn total_norm(
+    sequencer: &Sequencer,
+    pieces: &[Piece],
+    order: f64,
+    comm: Option<&SharedComm>,
+) -> Result<f64> {
+    let grads = || pieces.iter().filter_map(|piece| sequencer.piece(piece));
+    if order == 2.0 {
+        let mut bins = SquareBins::new();
+        grads().try_for_each(|grad| bins.add(grad))?;
+        if let Some(comm) = comm {
+            let mut words = bins.words().to_vec();
+            comm.lock().all_reduce(&mut words, ReduceOp::Sum)?;
+            let words = words.try_into().expect("as many words as were sent");
+            bins = SquareBins::from_words(&words);
         }
+        return Ok(bins.norm());
     }
-    Ok(if order == 2.0 { total.sqrt() } else { total })
+    let mut total = grads().try_fold(0f64, |total, grad| largest(grad, total))?;
+    if let Some(comm) = comm {
+        let mut word = vec![total];
+        comm.lock().all_reduce(&mut word, ReduceOp::Max)?;
+        total = word[0];
+    }
+    Ok(total)
 }
 
 /// The largest of `floor` and the elements' magnitudes; NaN when one is NaN.

@@ -95,7 +95,7 @@ impl Builder {
         self
     }
 
-    /// The strategy: "single", "ddp", or "auto" (the default).
+    /// The strategy: "single", "ddp", "zero1", or "auto" (the default).
     pub fn strategy(mut self, name: &str) -> Self {
         self.request.strategy = Some(name.into());
         self

@@ -17,6 +17,7 @@ use crate::{
     error::Result,
     model::{Backward, Core, FabricModule, Gradients, Model, Reporter, mistake},
     optim::{Optimizer, OptimizerState},
+    shards::{cut_state, gather_state},
 };
 
 /// An optimizer that was set up: it steps on whole gradients.
@@ -32,11 +33,22 @@ impl<O: Optimizer> FabricOptimizer<O> {
     /// # Errors
     /// The optimizer's refusal, or a callback's error.
     pub fn step(&mut self) -> Result<()> {
-        {
-            let sequencer = self.core.sequencer();
-            self.optimizer
-                .step(&*self.core.model, &Gradients(&sequencer))?;
+        let (model, optimizer) = (&self.core.model, &mut self.optimizer);
+        let mut sequencer = self.core.sequencer();
+        match &self.core.shards {
+            None => optimizer.step(&**model, &Gradients::whole(&sequencer))?,
+            Some(shards) => {
+                let result =
+                    optimizer.step(shards, &Gradients::of_pieces(&sequencer, shards.pieces()));
+                if let Err(error) = result {
+                    // The other ranks wait for pieces that will not come.
+                    self.core.comm.aborter().abort(error.to_string());
+                    return Err(error.into());
+                }
+                sequencer.gather(&mut |param, f| model.with(param, f))?;
+            }
         }
+        drop(sequencer);
         self.fabric.call("on_after_optimizer_step", &mut ())
     }
 
@@ -60,16 +72,37 @@ impl<O: Optimizer> FabricOptimizer<O> {
         self.optimizer.set_learning_rate(lr);
     }
 
+    /// Whether every rank must take part in [`FabricOptimizer::state`].
+    pub(crate) fn is_sharded(&self) -> bool {
+        self.core.shards.is_some()
+    }
+
     pub(crate) fn state(&self) -> Result<OptimizerState> {
-        Ok(self.optimizer.state(&*self.core.model)?)
+        match &self.core.shards {
+            None => Ok(self.optimizer.state(&*self.core.model)?),
+            Some(shards) => {
+                let state = self.optimizer.state(shards);
+                Ok(gather_state(shards, state, &self.core.comm)?)
+            }
+        }
     }
 
     pub(crate) fn check_state(&self, state: &OptimizerState) -> Result<()> {
-        Ok(self.optimizer.check_state(&*self.core.model, state)?)
+        match &self.core.shards {
+            None => Ok(self.optimizer.check_state(&*self.core.model, state)?),
+            Some(shards) => Ok(self
+                .optimizer
+                .check_state(shards, &cut_state(shards, state)?)?),
+        }
     }
 
     pub(crate) fn load_state(&mut self, state: OptimizerState) -> Result<()> {
-        Ok(self.optimizer.load_state(&*self.core.model, state)?)
+        match &self.core.shards {
+            None => Ok(self.optimizer.load_state(&*self.core.model, state)?),
+            Some(shards) => Ok(self
+                .optimizer
+                .load_state(shards, cut_state(shards, &state)?)?),
+        }
     }
 }
 
@@ -103,10 +136,13 @@ impl Fabric {
             agree(&plan, &comm)?;
             broadcast(&plan, &comm, &mut |param, f| model.with(param, f))?;
         }
-        let prediction = plan.predict(&**comm.lock());
+        let predictions = {
+            let comm = comm.lock();
+            [plan.predict(&**comm), plan.predict_step(&**comm)]
+        };
         let model = Arc::new(model);
-        let sequencer = Sequencer::new(plan, comm)?;
-        let core = Arc::new(Core::new(model.clone(), sequencer, prediction));
+        let sequencer = Sequencer::new(plan, comm.clone())?;
+        let core = Arc::new(Core::new(model.clone(), sequencer, comm, predictions));
         model.attach(Arc::new(Reporter::new(&core)));
         lock(&self.inner.models).push(core.clone());
         Ok(FabricModule::new(model, core))

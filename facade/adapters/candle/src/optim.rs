@@ -38,11 +38,23 @@ impl<O: candle_nn::Optimizer> CandleOptimizer<O> {
 }
 
 impl<O: candle_nn::Optimizer + Send> Optimizer for CandleOptimizer<O> {
-    fn step(&mut self, _: &dyn Model, grads: &Gradients<'_>) -> EngineResult<()> {
+    fn step(&mut self, model: &dyn Model, grads: &Gradients<'_>) -> EngineResult<()> {
         if !self.shelf.is_set_up() {
             return Err(Error::argument(
                 "this optimizer has the variables of another model, which was not set up",
                 "Make it from the model that it is set up with: CandleOptimizer::new(&model, ...)",
+            ));
+        }
+        let own = self
+            .shelf
+            .params()
+            .iter()
+            .map(|param| param.meta.clone())
+            .collect::<Vec<_>>();
+        if own != model.params() {
+            return Err(Error::argument(
+                "candle's optimizers update the whole parameters of the model that they were made from, and nothing else",
+                "Use fabric::optim's optimizers where ranks update shards (zero1), and make each from its own model",
             ));
         }
         let inner = &mut self.inner;

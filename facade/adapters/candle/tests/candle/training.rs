@@ -26,7 +26,19 @@ fn by_fabric<O: Optimizer>(
     world: usize,
     make: impl Fn(&CandleModel<Mlp>) -> CandleResult<O> + Sync,
 ) -> Vec<Values> {
-    let trained = ranks(world).unwrap().launch_threads(|fabric| {
+    by_strategy("auto", world, make).unwrap()
+}
+
+fn by_strategy<O: Optimizer>(
+    strategy: &str,
+    world: usize,
+    make: impl Fn(&CandleModel<Mlp>) -> CandleResult<O> + Sync,
+) -> Result<Vec<Values>> {
+    let fabric = Fabric::builder()
+        .devices(world)
+        .strategy(strategy)
+        .build()?;
+    fabric.launch_threads(|fabric| {
         let model = build_with(3, DType::F32, Mlp::new)?;
         let optimizer = make(&model)?;
         let (model, mut optimizer) = fabric.setup(model, optimizer)?;
@@ -37,8 +49,7 @@ fn by_fabric<O: Optimizer>(
             optimizer.zero_grad();
         }
         Ok(values(model.module())?)
-    });
-    trained.unwrap()
+    })
 }
 
 /// Train a plain copy by candle alone on the joint batch.
@@ -93,6 +104,28 @@ fn candles_optimizers_on_two_ranks_train_as_on_the_joint_batch() {
         CandleOptimizer::new(model, |vars| CandleAdamW::new(vars, adamw()))
     };
     assert_same(&by_fabric(2, adam), &by_candle::<CandleAdamW>(adamw()));
+}
+
+#[test]
+fn a_sharded_update_ends_with_the_bits_of_a_replicated_one() {
+    for world in [2, 3, 4] {
+        let make = |_: &CandleModel<Mlp>| Ok(AdamW::new(0.02));
+        let (sharded, whole) = (
+            by_strategy("zero1", world, make),
+            by_strategy("ddp", world, make),
+        );
+        assert_eq!(sharded.unwrap(), whole.unwrap(), "{world} ranks");
+    }
+}
+
+#[test]
+fn candles_optimizers_refuse_to_update_shards() {
+    let make = |model: &CandleModel<Mlp>| CandleOptimizer::new(model, |vars| SGD::new(vars, 0.1));
+    let error = by_strategy("zero1", 2, make).unwrap_err().to_string();
+    assert!(
+        error.contains("Use fabric::optim's optimizers where ranks update shards"),
+        "{error}"
+    );
 }
 
 #[test]
