@@ -5,6 +5,7 @@
 
 use std::time::{Duration, Instant};
 
+use fabric_kernels::{Adam, Lion, Rule, Sgd, update};
 use fabric_kernels::{Element, Span, SpanMut, SquareBins, cast, sum_squares};
 use half::bf16;
 
@@ -23,6 +24,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         norms("f32 over 100 binades", &range)?;
         norms("bf16", &small)?;
         norms("f64", &wide)?;
+        updates(&x, &small)?;
     }
     Ok(())
 }
@@ -36,6 +38,65 @@ fn norms<T: Element>(name: &str, x: &[T]) -> Result<(), Box<dyn std::error::Erro
     row(&format!("SquareBins {name}"), span.bytes(), || {
         bins.add(span)
     })
+}
+
+/// f32 parameters and states; f32 or bf16 gradients; a bf16 copy or none.
+fn updates(x: &[f32], small: &[bf16]) -> Result<(), Box<dyn std::error::Error>> {
+    let mut param = x.to_vec();
+    let mut states = [vec![0.0f32; x.len()], vec![0.0f32; x.len()]];
+    let mut copy = small.to_vec();
+    let sgd = Sgd {
+        lr: 1e-6,
+        momentum: 0.0,
+        dampening: 0.0,
+        weight_decay: 1e-2,
+        nesterov: false,
+        maximize: false,
+    };
+    let momentum = Sgd {
+        momentum: 0.9,
+        ..sgd
+    };
+    let adam = Adam {
+        lr: 1e-6,
+        beta1: 0.9,
+        beta2: 0.999,
+        eps: 1e-8,
+        weight_decay: 1e-2,
+    };
+    let lion = Lion {
+        lr: 1e-6,
+        beta1: 0.9,
+        beta2: 0.99,
+        weight_decay: 1e-2,
+    };
+    for rule in [
+        Rule::Sgd(sgd),
+        Rule::Sgd(momentum),
+        Rule::Adam(adam),
+        Rule::AdamW(adam),
+        Rule::Lion(lion),
+    ] {
+        for (grad, with_copy) in [
+            (Span::of(x), false),
+            (Span::of(x), true),
+            (Span::of(small), false),
+            (Span::of(small), true),
+        ] {
+            let count = rule.states().len();
+            let elem = 8 + grad.dtype().size() + 8 * count + if with_copy { 2 } else { 0 };
+            let end = if with_copy { ", bf16 copy" } else { "" };
+            let name = format!("{} {count} states, {} grad{end}", rule.name(), grad.dtype());
+            row(&name, elem * x.len(), || {
+                let [first, second] = &mut states;
+                let mut spans = [SpanMut::of(first), SpanMut::of(second)];
+                let copy = with_copy.then(|| SpanMut::of(&mut copy));
+                let (param, states) = (SpanMut::of(&mut param), &mut spans[..count]);
+                update(&rule, 10, 0.5, param, grad, states, copy)
+            })?;
+        }
+    }
+    Ok(())
 }
 
 fn row<E: std::error::Error + 'static>(

@@ -104,33 +104,3 @@ macro_rules! with_integer {
         }
     };
 }
-
-/// Runs `body` with `$P` naming the type of a parameter dtype, `$G` that of its gradient and `$C` the parameter's
-/// accumulator; refuses other dtypes.
-macro_rules! with_param {
-    ($op:expr, $param:expr, $grad:expr, |$P:ident, $G:ident, $C:ident| $body:expr) => {
-        match $param {
-            $crate::Dtype::F64 => {
-                type $P = f64;
-                type $C = f64;
-                with_float!($grad, |$G| $body, else Err(KernelError::Unsupported { op: $op, dtype: $grad }))
-            }
-            $crate::Dtype::F32 => {
-                type $P = f32;
-                type $C = f32;
-                with_float!($grad, |$G| $body, else Err(KernelError::Unsupported { op: $op, dtype: $grad }))
-            }
-            $crate::Dtype::F16 => {
-                type $P = half::f16;
-                type $C = f32;
-                with_float!($grad, |$G| $body, else Err(KernelError::Unsupported { op: $op, dtype: $grad }))
-            }
-            $crate::Dtype::BF16 => {
-                type $P = half::bf16;
-                type $C = f32;
-                with_float!($grad, |$G| $body, else Err(KernelError::Unsupported { op: $op, dtype: $grad }))
-            }
-            other => Err(KernelError::Unsupported { op: $op, dtype: other }),
-        }
-    };
-}

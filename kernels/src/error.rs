@@ -85,6 +85,19 @@ pub enum KernelError {
         /// Dtype the state must have.
         wanted: Dtype,
     },
+    /// More or fewer states than the rule has.
+    #[error(
+        "{op}: {passed} state buffers were passed and this step needs {wanted:?}; \
+         pass these, in this order, each as long as the parameter"
+    )]
+    States {
+        /// The verb that was called.
+        op: &'static str,
+        /// Names of the states that the rule has.
+        wanted: &'static [&'static str],
+        /// How many were passed.
+        passed: usize,
+    },
     /// Hyperparameters that contradict each other or the spans.
     #[error("{op}: {reason}")]
     Step {

@@ -1,14 +1,253 @@
-//! Optimizer updates, each one pass over parameter, gradient and state.
+//! Optimizer updates: one pass that unscales and clips the gradient, moves parameter and states, and casts the compute
+//! copy.
 //!
-//! Parameters are f64, f32, f16 or bf16. The arithmetic and the state are f64 for f64 parameters and f32 for the
-//! others; the parameter is rounded once. Gradients may be any float.
+//! [Note: updates] Parameters are f64, f32, f16 or bf16. The arithmetic and the states are f64 for f64 parameters and
+//! f32 for the others; the parameter is rounded once. Gradients may be any float; one that is wider than the arithmetic
+//! is rounded to it first. All is elementwise: what becomes of an element does not depend on where its shard was cut.
 
 use crate::dtype::Dtype;
 use crate::error::{KernelError, on_host, same_length};
 use crate::simd;
 use crate::span::{Span, SpanMut};
 
-/// One step of stochastic gradient descent, with the words and the meaning of `torch.optim.SGD`.
+/// How a parameter moves against its gradient, with torch's words and torch's meaning.
+///
+/// `g` is the gradient times `grad_scale`:
+///
+/// ```text
+/// Sgd     g = ±g + weight_decay * param                  (- when maximizing)
+///         m = g                                          on step 1, then
+///         m = momentum * m + (1 - dampening) * g
+///         param -= lr * (g + momentum * m  if nesterov  else  m  if momentum  else  g)
+///
+/// Adam    g += weight_decay * param                      AdamW    param *= 1 - lr * weight_decay
+///         m = beta1 * m + (1 - beta1) * g
+///         v = beta2 * v + (1 - beta2) * g^2
+///         param -= lr / (1 - beta1^step) * m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
+///
+/// Lion    c = beta1 * m + (1 - beta1) * g
+///         param = param * (1 - lr * weight_decay) - lr * sign(c)
+///         m = beta2 * m + (1 - beta2) * g
+/// ```
+#[derive(Copy, Clone, Debug, PartialEq)]
+pub enum Rule {
+    /// Stochastic gradient descent, as `torch.optim.SGD`.
+    Sgd(Sgd),
+    /// Adam with the weight decay in the gradient, as `torch.optim.Adam` (Kingma & Ba 2015).
+    Adam(Adam),
+    /// Adam with decoupled weight decay, as `torch.optim.AdamW` (Loshchilov & Hutter 2019).
+    AdamW(Adam),
+    /// The sign of a mean (Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", program 1).
+    Lion(Lion),
+}
+
+/// Hyperparameters of [`Rule::Sgd`].
+#[derive(Copy, Clone, Debug, PartialEq)]
+pub struct Sgd {
+    /// Learning rate.
+    pub lr: f64,
+    /// How much of the momentum buffer survives; 0 is none, and there is no buffer.
+    pub momentum: f64,
+    /// How much of the gradient is kept out of the buffer.
+    pub dampening: f64,
+    /// L2 penalty, added to the gradient.
+    pub weight_decay: f64,
+    /// Look ahead by one momentum step. Needs momentum and no dampening.
+    pub nesterov: bool,
+    /// Ascend instead of descend.
+    pub maximize: bool,
+}
+
+/// Hyperparameters of [`Rule::Adam`] and [`Rule::AdamW`].
+#[derive(Copy, Clone, Debug, PartialEq)]
+pub struct Adam {
+    /// Learning rate.
+    pub lr: f64,
+    /// Decay of the gradient's running mean.
+    pub beta1: f64,
+    /// Decay of the squared gradient's running mean.
+    pub beta2: f64,
+    /// Added to the denominator.
+    pub eps: f64,
+    /// L2 penalty, added to the gradient; decoupled, the parameter shrinks by `lr * weight_decay` of itself.
+    pub weight_decay: f64,
+}
+
+/// Hyperparameters of [`Rule::Lion`].
+#[derive(Copy, Clone, Debug, PartialEq)]
+pub struct Lion {
+    /// Learning rate: how far every parameter moves.
+    pub lr: f64,
+    /// Decay of the mean whose sign is taken.
+    pub beta1: f64,
+    /// Decay of the mean that is kept.
+    pub beta2: f64,
+    /// The parameter shrinks by `lr * weight_decay` of itself.
+    pub weight_decay: f64,
+}
+
+impl Rule {
+    /// The names of the states, one buffer each as long as the parameter, in the order in which [`update`] takes them.
+    /// All begin as zeros.
+    pub fn states(&self) -> &'static [&'static str] {
+        match self {
+            Rule::Sgd(rule) if rule.momentum == 0.0 => &[],
+            Rule::Sgd(_) => &["momentum_buffer"],
+            Rule::Adam(_) | Rule::AdamW(_) => &["exp_avg", "exp_avg_sq"],
+            Rule::Lion(_) => &["exp_avg"],
+        }
+    }
+
+    /// The lower-case name: `"sgd"`, `"adam"`, `"adamw"`, `"lion"`.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Rule::Sgd(_) => "sgd",
+            Rule::Adam(_) => "adam",
+            Rule::AdamW(_) => "adamw",
+            Rule::Lion(_) => "lion",
+        }
+    }
+}
+
+/// Moves `param` against `grad`, and `states` with it; see [`Rule`]. `step` is the number of this step, from 1.
+///
+/// Gradients are multiplied by `grad_scale` first: one over the loss scale, or the clipping factor, or both; 1 is nothing.
+/// `copy` becomes the new parameter, cast to any float: what a [`cast`](crate::cast()) afterwards would write, without
+/// reading the parameter from memory again.
+///
+/// ```
+/// use fabric_kernels::{Lion, Rule, Span, SpanMut, update};
+/// use half::bf16;
+///
+/// let rule = Rule::Lion(Lion { lr: 0.25, beta1: 0.5, beta2: 0.5, weight_decay: 0.0 });
+/// let (mut param, mut exp_avg, mut copy) = ([1.0f32, 2.0], [0.0f32; 2], [bf16::ZERO; 2]);
+/// update(
+///     &rule,
+///     1,
+///     0.5,
+///     SpanMut::of(&mut param),
+///     Span::of(&[8.0f32, -8.0]),
+///     &mut [SpanMut::of(&mut exp_avg)],
+///     Some(SpanMut::of(&mut copy)),
+/// )?;
+/// assert_eq!((param, exp_avg), ([0.75, 2.25], [2.0, -2.0]));
+/// assert_eq!(copy.map(f32::from), param);
+/// # Ok::<(), fabric_kernels::KernelError>(())
+/// ```
+pub fn update(
+    rule: &Rule,
+    step: u64,
+    grad_scale: f64,
+    param: SpanMut<'_>,
+    grad: Span<'_>,
+    states: &mut [SpanMut<'_>],
+    copy: Option<SpanMut<'_>>,
+) -> Result<(), KernelError> {
+    let step = Step {
+        rule,
+        number: step,
+        grad_scale,
+    };
+    check(&step, &param, &grad, states, copy.as_ref())?;
+    simd::update(
+        &step,
+        simd::Spans {
+            param,
+            grad,
+            states,
+            copy,
+        },
+    )
+}
+
+/// What is the same for all elements.
+pub(crate) struct Step<'a> {
+    pub(crate) rule: &'a Rule,
+    /// From 1.
+    pub(crate) number: u64,
+    pub(crate) grad_scale: f64,
+}
+
+/// Refuses what [`update`] does not take, before the first element is touched.
+fn check(
+    step: &Step<'_>,
+    param: &SpanMut<'_>,
+    grad: &Span<'_>,
+    states: &[SpanMut<'_>],
+    copy: Option<&SpanMut<'_>>,
+) -> Result<(), KernelError> {
+    let op = step.rule.name();
+    on_host(op, [param.memory(), grad.memory()])?;
+    same_length(op, param.len(), grad.len())?;
+    if let Some(copy) = copy {
+        on_host(op, [copy.memory()])?;
+        same_length(op, copy.len(), param.len())?;
+    }
+    if step.number == 0 {
+        return Err(KernelError::Step {
+            op,
+            reason: "steps are counted from 1; pass 1 for the first",
+        });
+    }
+    if let Rule::Sgd(rule) = step.rule
+        && rule.nesterov
+        && (rule.momentum <= 0.0 || rule.dampening != 0.0)
+    {
+        return Err(KernelError::Step {
+            op,
+            reason: "nesterov needs a positive momentum and zero dampening; set both, or switch nesterov off",
+        });
+    }
+    if !is_param(param.dtype()) {
+        return Err(KernelError::Unsupported {
+            op,
+            dtype: param.dtype(),
+        });
+    }
+    let wanted = step.rule.states();
+    if states.len() != wanted.len() {
+        let passed = states.len();
+        return Err(KernelError::States { op, wanted, passed });
+    }
+    for state in states {
+        check_state(op, param, state)?;
+    }
+    let floats = [Some(grad.dtype()), copy.map(SpanMut::dtype)];
+    for dtype in floats.into_iter().flatten() {
+        if !dtype.is_float() {
+            return Err(KernelError::Unsupported { op, dtype });
+        }
+    }
+    Ok(())
+}
+
+/// State lies on the host, is as long as the parameter, and has its accumulator's dtype.
+fn check_state(
+    op: &'static str,
+    param: &SpanMut<'_>,
+    state: &SpanMut<'_>,
+) -> Result<(), KernelError> {
+    on_host(op, [state.memory()])?;
+    same_length(op, param.len(), state.len())?;
+    let wanted = param.dtype().accumulator();
+    if state.dtype() == wanted {
+        Ok(())
+    } else {
+        Err(KernelError::State {
+            op,
+            param: param.dtype(),
+            state: state.dtype(),
+            wanted,
+        })
+    }
+}
+
+/// The dtypes in which parameters are updated. Eight bits are too few to make a step of.
+fn is_param(dtype: Dtype) -> bool {
+    matches!(dtype, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16)
+}
+
+/// One step of [`sgd`].
 #[derive(Copy, Clone, Debug, PartialEq)]
 pub struct SgdStep {
     /// Learning rate.
@@ -29,7 +268,28 @@ pub struct SgdStep {
     pub first: bool,
 }
 
-/// One step of Adam with decoupled weight decay, with the words and the meaning of `torch.optim.AdamW`.
+/// [`update`] by [`Rule::Sgd`], without a copy.
+pub fn sgd(
+    param: SpanMut<'_>,
+    grad: Span<'_>,
+    momentum: Option<SpanMut<'_>>,
+    step: &SgdStep,
+) -> Result<(), KernelError> {
+    let rule = Rule::Sgd(Sgd {
+        lr: step.lr,
+        momentum: step.momentum,
+        dampening: step.dampening,
+        weight_decay: step.weight_decay,
+        nesterov: step.nesterov,
+        maximize: step.maximize,
+    });
+    let number = if step.first { 1 } else { 2 };
+    let mut momentum = momentum.filter(|_| step.momentum != 0.0);
+    let states = momentum.as_mut_slice();
+    update(&rule, number, step.grad_scale, param, grad, states, None)
+}
+
+/// One step of [`adamw`].
 #[derive(Copy, Clone, Debug, PartialEq)]
 pub struct AdamWStep {
     /// Learning rate.
@@ -48,55 +308,7 @@ pub struct AdamWStep {
     pub grad_scale: f64,
 }
 
-/// Moves `param` against `grad`, and `momentum` with it.
-///
-/// ```text
-/// g = ±grad * grad_scale + weight_decay * param          (- when maximizing)
-/// m = g                                    on the first step, then
-/// m = momentum * m + (1 - dampening) * g
-/// param -= lr * (g + momentum * m  if nesterov  else  m  if momentum  else  g)
-/// ```
-pub fn sgd(
-    param: SpanMut<'_>,
-    grad: Span<'_>,
-    momentum: Option<SpanMut<'_>>,
-    step: &SgdStep,
-) -> Result<(), KernelError> {
-    const OP: &str = "sgd";
-    on_host(OP, [param.memory(), grad.memory()])?;
-    same_length(OP, param.len(), grad.len())?;
-    if step.nesterov && (step.momentum <= 0.0 || step.dampening != 0.0) {
-        return Err(KernelError::Step {
-            op: OP,
-            reason: "nesterov needs a positive momentum and zero dampening; set both, or switch nesterov off",
-        });
-    }
-    let momentum = if step.momentum == 0.0 { None } else { momentum };
-    match &momentum {
-        Some(state) => check_state(OP, &param, state)?,
-        None if step.momentum != 0.0 => {
-            return Err(KernelError::Step {
-                op: OP,
-                reason: "momentum is not zero but no momentum buffer was passed; pass one as long as the parameter",
-            });
-        }
-        None => {}
-    }
-    with_param!(OP, param.dtype(), grad.dtype(), |P, G, C| {
-        simd::sgd::<P, G, C>(param, grad, momentum, step);
-        Ok(())
-    })
-}
-
-/// Moves `param` against `grad`, and both running means with it.
-///
-/// ```text
-/// g = grad * grad_scale
-/// param *= 1 - lr * weight_decay
-/// exp_avg = beta1 * exp_avg + (1 - beta1) * g
-/// exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * g^2
-/// param -= lr / (1 - beta1^step) * exp_avg / (sqrt(exp_avg_sq) / sqrt(1 - beta2^step) + eps)
-/// ```
+/// [`update`] by [`Rule::AdamW`], without a copy.
 pub fn adamw(
     param: SpanMut<'_>,
     grad: Span<'_>,
@@ -104,51 +316,13 @@ pub fn adamw(
     exp_avg_sq: SpanMut<'_>,
     step: &AdamWStep,
 ) -> Result<(), KernelError> {
-    const OP: &str = "adamw";
-    on_host(OP, [param.memory(), grad.memory()])?;
-    same_length(OP, param.len(), grad.len())?;
-    check_state(OP, &param, &exp_avg)?;
-    check_state(OP, &param, &exp_avg_sq)?;
-    if step.step == 0 {
-        return Err(KernelError::Step {
-            op: OP,
-            reason: "steps are counted from 1; pass 1 for the first",
-        });
-    }
-    with_param!(OP, param.dtype(), grad.dtype(), |P, G, C| {
-        simd::adamw::<P, G, C>(param, grad, exp_avg, exp_avg_sq, step);
-        Ok(())
-    })
-}
-
-/// State lies on the host, is as long as the parameter, and has its accumulator's dtype.
-fn check_state(
-    op: &'static str,
-    param: &SpanMut<'_>,
-    state: &SpanMut<'_>,
-) -> Result<(), KernelError> {
-    on_host(op, [state.memory()])?;
-    same_length(op, param.len(), state.len())?;
-    if !is_param(param.dtype()) {
-        return Err(KernelError::Unsupported {
-            op,
-            dtype: param.dtype(),
-        });
-    }
-    let wanted = param.dtype().accumulator();
-    if state.dtype() == wanted {
-        Ok(())
-    } else {
-        Err(KernelError::State {
-            op,
-            param: param.dtype(),
-            state: state.dtype(),
-            wanted,
-        })
-    }
-}
-
-/// The dtypes in which parameters are updated. Eight bits are too few to make a step of.
-fn is_param(dtype: Dtype) -> bool {
-    matches!(dtype, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16)
+    let rule = Rule::AdamW(Adam {
+        lr: step.lr,
+        beta1: step.beta1,
+        beta2: step.beta2,
+        eps: step.eps,
+        weight_decay: step.weight_decay,
+    });
+    let states = &mut [exp_avg, exp_avg_sq];
+    update(&rule, step.step, step.grad_scale, param, grad, states, None)
 }

@@ -13,4 +13,4 @@ pub use exact::square_words;
 pub use float::Float;
 pub use integer::{Integer, divide, fold_bool, fold_integer, multiply};
 pub(crate) use optim::power;
-pub use optim::{adamw, sgd};
+pub use optim::update;

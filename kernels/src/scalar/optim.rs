@@ -3,7 +3,106 @@
 
 use super::float::Float;
 use crate::dtype::Dtype;
-use crate::optim::{AdamWStep, SgdStep};
+use crate::optim::{Adam, Lion, Rule, Sgd};
+
+/// One parameter and its states after one step; see [`crate::update`]. The states are in f64 and, for parameters smaller
+/// than f64, hold an f32.
+pub fn update<P: Float, G: Float>(
+    rule: &Rule,
+    step: u64,
+    grad_scale: f64,
+    param: P,
+    grad: G,
+    states: &[f64],
+) -> (P, Vec<f64>) {
+    let wide = P::DTYPE == Dtype::F64;
+    let number = |value| Number::new(value, wide);
+    let p = number(param.decode());
+    let g = number(grad.decode()).times(number(grad_scale));
+    let states: Vec<Number> = states.iter().map(|state| number(*state)).collect();
+    let (moved, states) = match rule {
+        Rule::Sgd(rule) => sgd(rule, step, p, g, &states),
+        Rule::Adam(rule) => {
+            let g = decayed(g, rule.weight_decay, p);
+            adam(rule, step, p, g, &states)
+        }
+        Rule::AdamW(rule) => {
+            let p = p.times(number(1.0 - rule.lr * rule.weight_decay));
+            adam(rule, step, p, g, &states)
+        }
+        Rule::Lion(rule) => lion(rule, p, g, &states),
+    };
+    let states = states.iter().map(|state| state.value).collect();
+    (P::encode(moved.value), states)
+}
+
+fn sgd(rule: &Sgd, step: u64, p: Number, g: Number, states: &[Number]) -> (Number, Vec<Number>) {
+    let g = if rule.maximize { g.negated() } else { g };
+    let g = decayed(g, rule.weight_decay, p);
+    let lr = p.like(rule.lr);
+    let [m] = states else {
+        return (p.minus(lr.times(g)), Vec::new());
+    };
+    let momentum = p.like(rule.momentum);
+    let m = if step == 1 {
+        g
+    } else {
+        let kept = momentum.times(*m);
+        kept.plus(p.like(1.0 - rule.dampening).times(g))
+    };
+    let direction = if rule.nesterov {
+        g.plus(momentum.times(m))
+    } else {
+        m
+    };
+    (p.minus(lr.times(direction)), vec![m])
+}
+
+fn adam(rule: &Adam, step: u64, p: Number, g: Number, states: &[Number]) -> (Number, Vec<Number>) {
+    let m = mean(rule.beta1, states[0], g);
+    let v = mean(rule.beta2, states[1], g.times(g));
+    let correction1 = 1.0 - power(rule.beta1, step);
+    let correction2 = 1.0 - power(rule.beta2, step);
+    let root = v.root().over(p.like(correction2.sqrt()));
+    let ratio = m.over(root.plus(p.like(rule.eps)));
+    let moved = p.minus(p.like(rule.lr / correction1).times(ratio));
+    (moved, vec![m, v])
+}
+
+fn lion(rule: &Lion, p: Number, g: Number, states: &[Number]) -> (Number, Vec<Number>) {
+    let direction = mean(rule.beta1, states[0], g).sign();
+    let m = mean(rule.beta2, states[0], g);
+    let p = p.times(p.like(1.0 - rule.lr * rule.weight_decay));
+    (p.minus(p.like(rule.lr).times(direction)), vec![m])
+}
+
+/// The gradient with an L2 penalty; none leaves it alone, even beside an infinite parameter.
+fn decayed(g: Number, weight_decay: f64, p: Number) -> Number {
+    if weight_decay == 0.0 {
+        g
+    } else {
+        g.plus(p.like(weight_decay).times(p))
+    }
+}
+
+/// beta * old + (1 - beta) * new
+fn mean(beta: f64, old: Number, new: Number) -> Number {
+    let kept = new.like(beta).times(old);
+    kept.plus(new.like(1.0 - beta).times(new))
+}
+
+/// base^exponent by repeated squaring: the same bits on every machine, which `powf` does not promise.
+pub(crate) fn power(base: f64, exponent: u64) -> f64 {
+    let (mut result, mut square, mut left) = (1.0, base, exponent);
+    while left > 0 {
+        if left & 1 == 1 {
+            result *= square;
+        }
+        square *= square;
+        left >>= 1;
+    }
+    result
+}
 
 /// A number that rounds every result to the accumulator of the parameter.
 #[derive(Copy, Clone)]
@@ -20,94 +119,39 @@ impl Number {
         }
     }
 
+    /// Another number in the same accumulator.
+    fn like(self, value: f64) -> Number {
+        Number::new(value, self.wide)
+    }
+
     // An f64 result rounded to f32 is the f32 result for +, -, *, / and the square root of two f32: f64 has more than
     // twice the digits plus two, so the double rounding is innocuous (Figueroa, "When is double rounding innocuous?").
     fn plus(self, other: Number) -> Number {
-        Number::new(self.value + other.value, self.wide)
+        self.like(self.value + other.value)
     }
     fn minus(self, other: Number) -> Number {
-        Number::new(self.value - other.value, self.wide)
+        self.like(self.value - other.value)
     }
     fn times(self, other: Number) -> Number {
-        Number::new(self.value * other.value, self.wide)
+        self.like(self.value * other.value)
     }
     fn over(self, other: Number) -> Number {
-        Number::new(self.value / other.value, self.wide)
+        self.like(self.value / other.value)
     }
     fn root(self) -> Number {
-        Number::new(self.value.sqrt(), self.wide)
+        self.like(self.value.sqrt())
     }
-}
-
-/// One parameter and its momentum after one step; see [`crate::sgd`]. The momentum is in f64 and, for parameters
-/// smaller than f64, holds an f32.
-pub fn sgd<P: Float, G: Float>(param: P, grad: G, momentum: f64, step: &SgdStep) -> (P, f64) {
-    let wide = P::DTYPE == Dtype::F64;
-    let number = |value| Number::new(value, wide);
-    let p = number(param.decode());
-    let mut g = number(grad.decode()).times(number(step.grad_scale));
-    if step.maximize {
-        g = number(-g.value);
+    fn negated(self) -> Number {
+        self.like(-self.value)
     }
-    if step.weight_decay != 0.0 {
-        g = g.plus(number(step.weight_decay).times(p));
-    }
-    let mut m = number(momentum);
-    if step.momentum != 0.0 {
-        m = if step.first {
-            g
+    /// 1, -1, or what is neither: a zero or NaN.
+    fn sign(self) -> Number {
+        if self.value > 0.0 {
+            self.like(1.0)
+        } else if self.value < 0.0 {
+            self.like(-1.0)
         } else {
-            let kept = number(step.momentum).times(m);
-            kept.plus(number(1.0 - step.dampening).times(g))
-        };
-        g = if step.nesterov {
-            g.plus(number(step.momentum).times(m))
-        } else {
-            m
-        };
-    }
-    let moved = p.minus(number(step.lr).times(g));
-    (P::encode(moved.value), m.value)
-}
-
-/// One parameter, its mean and its mean square after one step; see [`crate::adamw`]. Both means are in f64 and, for
-/// parameters smaller than f64, hold an f32.
-pub fn adamw<P: Float, G: Float>(
-    param: P,
-    grad: G,
-    exp_avg: f64,
-    exp_avg_sq: f64,
-    step: &AdamWStep,
-) -> (P, f64, f64) {
-    let wide = P::DTYPE == Dtype::F64;
-    let number = |value| Number::new(value, wide);
-    let g = number(grad.decode()).times(number(step.grad_scale));
-    let p = number(param.decode()).times(number(1.0 - step.lr * step.weight_decay));
-    let m = number(step.beta1)
-        .times(number(exp_avg))
-        .plus(number(1.0 - step.beta1).times(g));
-    let v = number(step.beta2)
-        .times(number(exp_avg_sq))
-        .plus(number(1.0 - step.beta2).times(g.times(g)));
-    let correction1 = 1.0 - power(step.beta1, step.step);
-    let correction2 = 1.0 - power(step.beta2, step.step);
-    let denominator = v
-        .root()
-        .over(number(correction2.sqrt()))
-        .plus(number(step.eps));
-    let moved = p.minus(number(step.lr / correction1).times(m.over(denominator)));
-    (P::encode(moved.value), m.value, v.value)
-}
-
-/// base^exponent by repeated squaring: the same bits on every machine, which `powf` does not promise.
-pub(crate) fn power(base: f64, exponent: u64) -> f64 {
-    let (mut result, mut square, mut left) = (1.0, base, exponent);
-    while left > 0 {
-        if left & 1 == 1 {
-            result *= square;
+            self
         }
-        square *= square;
-        left >>= 1;
     }
-    result
 }

@@ -13,7 +13,7 @@ mod squares;
 use std::marker::PhantomData;
 
 pub(crate) use lane::{Acc, Int, Lane};
-pub(crate) use optim::{adamw, sgd};
+pub(crate) use optim::{Spans, update};
 #[cfg(test)]
 pub(crate) use raw::away;
 pub(crate) use raw::copy;

@@ -1,11 +1,16 @@
 //! Goal: the optimizers take torch's steps. Method: bit equality with the oracle over every length; steps worked out by
 //! hand; and many steps against a plain f64 rendering of torch's documentation.
 
+use std::ops::Range;
+
 use half::{bf16, f16};
+
+use proptest::prelude::*;
 
 use super::*;
 use crate::simd::on_every_isa;
-use crate::{AdamWStep, SgdStep, Span, SpanMut, adamw, scalar, sgd};
+use crate::{Adam, AdamWStep, Lion, Rule, Sgd, SgdStep, Span, SpanMut};
+use crate::{adamw, scalar, sgd, update};
 
 const SGD: SgdStep = SgdStep {
     lr: 0.1,
@@ -28,131 +33,141 @@ const ADAMW: AdamWStep = AdamWStep {
     grad_scale: 1.0,
 };
 
-fn sgd_steps() -> Vec<SgdStep> {
-    let momentum = SgdStep {
+const PLAIN: Sgd = Sgd {
+    lr: 0.1,
+    momentum: 0.0,
+    dampening: 0.0,
+    weight_decay: 0.0,
+    nesterov: false,
+    maximize: false,
+};
+
+const ADAM: Adam = Adam {
+    lr: 1e-3,
+    beta1: 0.9,
+    beta2: 0.999,
+    eps: 1e-8,
+    weight_decay: 0.01,
+};
+
+const LION: Lion = Lion {
+    lr: 1e-4,
+    beta1: 0.9,
+    beta2: 0.99,
+    weight_decay: 0.1,
+};
+
+/// Every rule in every form that takes another path, with the number of the step and the gradient's scale.
+fn rules() -> Vec<(Rule, u64, f64)> {
+    let momentum = Sgd {
         momentum: 0.9,
         dampening: 0.3,
         weight_decay: 0.01,
-        ..SGD
+        ..PLAIN
+    };
+    let ascent = Sgd {
+        maximize: true,
+        ..momentum
+    };
+    let penalty = Sgd {
+        momentum: 0.0,
+        ..ascent
+    };
+    let nesterov = Sgd {
+        nesterov: true,
+        dampening: 0.0,
+        ..momentum
+    };
+    let free = Adam {
+        weight_decay: 0.0,
+        ..ADAM
     };
     vec![
-        SGD,
-        SgdStep {
-            weight_decay: 0.1,
-            maximize: true,
-            grad_scale: 0.3,
-            ..SGD
-        },
-        momentum,
-        SgdStep {
-            first: true,
-            maximize: true,
-            ..momentum
-        },
-        SgdStep {
-            nesterov: true,
-            dampening: 0.0,
-            grad_scale: 1.0 / 3.0,
-            ..momentum
-        },
-        SgdStep {
-            nesterov: true,
-            dampening: 0.0,
-            first: true,
-            ..momentum
-        },
+        (Rule::Sgd(PLAIN), 1, 1.0),
+        (Rule::Sgd(penalty), 2, 0.3),
+        (Rule::Sgd(momentum), 2, 1.0),
+        (Rule::Sgd(ascent), 1, 1.0),
+        (Rule::Sgd(nesterov), 7, 1.0 / 3.0),
+        (Rule::Sgd(nesterov), 1, 1.0),
+        (Rule::Adam(ADAM), 1, 1.0),
+        (Rule::Adam(free), 1000, 0.7),
+        (Rule::AdamW(ADAM), 1, 1.0),
+        (Rule::AdamW(free), 1000, 0.7),
+        (Rule::Lion(LION), 1, 1.0),
+        (Rule::Lion(LION), 3, 0.7),
     ]
 }
 
-fn tame<T: Float>(seed: u64) -> Vec<T> {
-    let mut stream = Stream(seed);
-    (0..ROOM).map(|_| T::encode(unit(&mut stream))).collect()
+/// States of which any is allowed to stand for a mean square.
+fn states<S: Float>(rule: &Rule, count: usize) -> Vec<Vec<S>> {
+    let one = |seed| {
+        let mut stream = Stream(seed);
+        (0..count).map(move |_| S::encode(unit(&mut stream).abs()))
+    };
+    (2..)
+        .zip(rule.states())
+        .map(|(seed, _)| one(seed).collect())
+        .collect()
 }
 
-fn check_sgd<P: Float, S: Float, G: Float>() {
-    let (param, state) = (floats::<P>(1, ROOM), tame::<S>(2));
-    let grad = floats::<G>(3, ROOM);
-    for step in sgd_steps() {
-        let oracle: Vec<(P, S)> = (0..ROOM)
-            .map(|i| {
-                let (p, m) = scalar::sgd(param[i], grad[i], state[i].decode(), &step);
-                (p, S::encode(m))
-            })
-            .collect();
-        on_every_isa(|isa| {
-            for len in 0..=257 {
-                let start = 1 + len % 8;
-                let (mut p, mut m) = (param.clone(), state.clone());
-                let range = start..start + len;
-                let buffer = SpanMut::of(&mut m);
-                let mut target = SpanMut::of(&mut p);
-                let mut buffer = buffer;
-                let buffer = (step.momentum != 0.0).then(|| buffer.slice(range.clone()));
-                sgd(
-                    target.slice(range.clone()),
-                    Span::of(&grad).slice(range.clone()),
-                    buffer,
-                    &step,
-                )
-                .unwrap();
-                let what = || format!("sgd {} {}, {isa:?}, {len}, {step:?}", P::DTYPE, G::DTYPE);
-                for i in 0..ROOM {
-                    let (ep, em) = if range.contains(&i) {
-                        oracle[i]
-                    } else {
-                        (param[i], state[i])
-                    };
-                    assert!(same(p[i], ep), "{}: param {i}", what());
-                    assert!(same(m[i], em), "{}: momentum {i}", what());
-                }
-            }
-        });
-    }
-}
-
-fn check_adamw<P: Float, S: Float, G: Float>() {
-    let (param, mean) = (floats::<P>(1, ROOM), tame::<S>(2));
-    let square: Vec<S> = tame::<S>(4)
-        .into_iter()
-        .map(|v| S::encode(v.decode().abs()))
+/// Updates the elements in `range` of all buffers.
+fn take<P: Element, S: Element, G: Element, K: Element>(
+    (rule, step, scale): (&Rule, u64, f64),
+    range: Range<usize>,
+    param: &mut [P],
+    grad: &[G],
+    states: &mut [Vec<S>],
+    copy: Option<&mut [K]>,
+) {
+    let mut states: Vec<SpanMut<'_>> = states
+        .iter_mut()
+        .map(|state| SpanMut::of(&mut state[range.clone()]))
         .collect();
+    let copy = copy.map(|copy| SpanMut::of(&mut copy[range.clone()]));
+    let param = SpanMut::of(&mut param[range.clone()]);
+    let grad = Span::of(&grad[range]);
+    update(rule, step, scale, param, grad, &mut states, copy).unwrap();
+}
+
+fn check_rules<P: Float, S: Float, G: Float>() {
+    let param = floats::<P>(1, ROOM);
     let grad = floats::<G>(3, ROOM);
-    for step in [
-        ADAMW,
-        AdamWStep {
-            step: 1000,
-            grad_scale: 0.7,
-            weight_decay: 0.0,
-            ..ADAMW
-        },
-    ] {
-        let oracle: Vec<(P, S, S)> = (0..ROOM)
+    for (rule, step, scale) in rules() {
+        let old = states::<S>(&rule, ROOM);
+        let oracle: Vec<(P, Vec<f64>)> = (0..ROOM)
             .map(|i| {
-                let (m, v) = (mean[i].decode(), square[i].decode());
-                let (p, m, v) = scalar::adamw(param[i], grad[i], m, v, &step);
-                (p, S::encode(m), S::encode(v))
+                let state: Vec<f64> = old.iter().map(|state| state[i].decode()).collect();
+                scalar::update(&rule, step, scale, param[i], grad[i], &state)
             })
             .collect();
         on_every_isa(|isa| {
             for len in 0..=257 {
-                let start = 1 + len % 8;
-                let range = start..start + len;
-                let (mut p, mut m, mut v) = (param.clone(), mean.clone(), square.clone());
-                adamw(
-                    SpanMut::of(&mut p).slice(range.clone()),
-                    Span::of(&grad).slice(range.clone()),
-                    SpanMut::of(&mut m).slice(range.clone()),
-                    SpanMut::of(&mut v).slice(range.clone()),
-                    &step,
-                )
-                .unwrap();
-                let what = || format!("adamw {} {}, {isa:?}, {len}", P::DTYPE, G::DTYPE);
+                let range = 1 + len % 8..1 + len % 8 + len;
+                let (mut p, mut all) = (param.clone(), old.clone());
+                let mut copy = vec![bf16::ONE; ROOM];
+                // Half of the lengths without a copy, which is another path.
+                let target = (len % 2 == 1).then_some(&mut copy[..]);
+                let how = (&rule, step, scale);
+                take(how, range.clone(), &mut p, &grad, &mut all, target);
+                let what = || format!("{} {}, {isa:?}, {len}, {rule:?}", P::DTYPE, G::DTYPE);
                 for i in 0..ROOM {
-                    let old = (param[i], mean[i], square[i]);
-                    let (ep, em, ev) = if range.contains(&i) { oracle[i] } else { old };
-                    assert!(same(p[i], ep), "{}: param {i}", what());
-                    assert!(same(m[i], em), "{}: exp_avg {i}", what());
-                    assert!(same(v[i], ev), "{}: exp_avg_sq {i}", what());
+                    let inside = range.contains(&i);
+                    let expected = if inside { oracle[i].0 } else { param[i] };
+                    assert!(same(p[i], expected), "{}: param {i}", what());
+                    for (k, state) in all.iter().enumerate() {
+                        let expected = if inside {
+                            S::encode(oracle[i].1[k])
+                        } else {
+                            old[k][i]
+                        };
+                        assert!(same(state[i], expected), "{}: state {k} {i}", what());
+                    }
+                    let copied = if inside && len % 2 == 1 {
+                        scalar::cast(p[i])
+                    } else {
+                        bf16::ONE
+                    };
+                    assert!(same(copy[i], copied), "{}: copy {i}", what());
                 }
             }
         });
@@ -172,19 +187,137 @@ macro_rules! for_grads {
 }
 
 #[test]
-fn sgd_equals_the_oracle() {
-    for_grads!(check_sgd, f64, f64);
-    for_grads!(check_sgd, f32, f32);
-    for_grads!(check_sgd, f16, f32);
-    for_grads!(check_sgd, bf16, f32);
+fn every_rule_equals_the_oracle() {
+    for_grads!(check_rules, f64, f64);
+    for_grads!(check_rules, f32, f32);
+    for_grads!(check_rules, f16, f32);
+    for_grads!(check_rules, bf16, f32);
+}
+
+fn check_copy<G: Float, K: Float>() {
+    const COUNT: usize = 5000; // two blocks and more
+    let (param, grad) = (floats::<f32>(1, COUNT), floats::<G>(3, COUNT));
+    for (rule, step, scale) in rules() {
+        let how = (&rule, step, scale);
+        let (mut alone, mut fused) = (param.clone(), param.clone());
+        let (mut state, mut other) = (states::<f32>(&rule, COUNT), states::<f32>(&rule, COUNT));
+        let mut copy = vec![K::encode(0.0); COUNT];
+        take::<_, _, _, K>(how, 0..COUNT, &mut alone, &grad, &mut state, None);
+        take(
+            how,
+            0..COUNT,
+            &mut fused,
+            &grad,
+            &mut other,
+            Some(&mut copy[..]),
+        );
+        let mut expected = vec![K::encode(0.0); COUNT];
+        crate::cast(Span::of(&alone), SpanMut::of(&mut expected)).unwrap();
+        assert_same(&fused, &alone, || {
+            format!("param beside {}, {rule:?}", K::DTYPE)
+        });
+        assert_same(&copy, &expected, || {
+            format!("copy in {}, {rule:?}", K::DTYPE)
+        });
+        for (found, expected) in other.iter().zip(&state) {
+            assert_same(found, expected, || {
+                format!("state beside {}, {rule:?}", K::DTYPE)
+            });
+        }
+    }
 }
 
 #[test]
-fn adamw_equals_the_oracle() {
-    for_grads!(check_adamw, f64, f64);
-    for_grads!(check_adamw, f32, f32);
-    for_grads!(check_adamw, f16, f32);
-    for_grads!(check_adamw, bf16, f32);
+fn a_copy_is_what_a_cast_afterwards_would_write() {
+    for_float_pairs!(check_copy);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(16))]
+
+    #[test]
+    fn where_a_shard_was_cut_changes_no_bit(seed in any::<u64>(), count in 1usize..5000) {
+        let mut stream = Stream(seed);
+        let (param, grad) = (floats::<bf16>(seed, count), floats::<f16>(!seed, count));
+        for (rule, step, scale) in rules() {
+            let how = (&rule, step, scale);
+            let (mut whole, mut all) = (param.clone(), states::<f32>(&rule, count));
+            let mut copy = vec![f16::ZERO; count];
+            take(how, 0..count, &mut whole, &grad, &mut all, Some(&mut copy[..]));
+            let (mut cut, mut some) = (param.clone(), states::<f32>(&rule, count));
+            let mut pieces = vec![f16::ZERO; count];
+            let mut start = 0;
+            while start < count {
+                let end = count.min(start + 1 + stream.next() as usize % 1500);
+                take(how, start..end, &mut cut, &grad, &mut some, Some(&mut pieces[..]));
+                start = end;
+            }
+            assert_same(&cut, &whole, || format!("param, {rule:?}"));
+            assert_same(&pieces, &copy, || format!("copy, {rule:?}"));
+            for (found, expected) in some.iter().zip(&all) {
+                assert_same(found, expected, || format!("state, {rule:?}"));
+            }
+        }
+    }
+}
+
+/// One update of one f64 without a copy.
+fn one(rule: &Rule, step: u64, scale: f64, p: &mut f64, grad: f64, states: &mut [f64]) {
+    let (param, grad) = (SpanMut::of(std::slice::from_mut(p)), [grad]);
+    let mut states: Vec<SpanMut<'_>> = states.chunks_mut(1).map(SpanMut::of).collect();
+    update(rule, step, scale, param, Span::of(&grad), &mut states, None).unwrap();
+}
+
+#[test]
+fn two_adam_steps_by_hand() {
+    let rule = |weight_decay| {
+        Rule::Adam(Adam {
+            lr: 0.1,
+            eps: 0.0,
+            weight_decay,
+            ..ADAM
+        })
+    };
+    let (mut p, mut states) = (1.0, [0.0; 2]);
+    // g = 2 * 0.25 - 1 * 1 = -0.5: the first step moves by lr against its sign, as in AdamW, but without shrinking.
+    one(&rule(-1.0), 1, 2.0, &mut p, 0.25, &mut states);
+    assert_close(p, 1.1, 1e-12);
+    assert_close(states[0], -0.05, 1e-12);
+    assert_close(states[1], 0.00025, 1e-12);
+    // g = 0.5: m = -0.045 + 0.05 = 0.005, / 0.19; v = 0.25 unbiased, its root 0.5.
+    one(&rule(0.0), 2, 1.0, &mut p, 0.5, &mut states);
+    assert_close(p, 1.1 - 0.1 * (0.005 / 0.19) / 0.5, 1e-12);
+    // An L2 penalty alone moves a parameter by lr, whatever the penalty; decoupled, by lr times the penalty.
+    let (mut p, mut states) = (3.0, [0.0; 2]);
+    one(&rule(0.01), 1, 1.0, &mut p, 0.0, &mut states);
+    assert_close(p, 2.9, 1e-12);
+}
+
+#[test]
+fn three_lion_steps_by_hand() {
+    let rule = Rule::Lion(Lion {
+        lr: 0.1,
+        beta1: 0.5,
+        beta2: 0.75,
+        weight_decay: 0.5,
+    });
+    let (mut p, mut m) = (2.0, [0.0]);
+    // c = 2 > 0; p = 2 * 0.95 - 0.1; m = 1
+    one(&rule, 1, 0.5, &mut p, 8.0, &mut m);
+    assert_close(p, 1.8, 1e-15);
+    assert_eq!(m, [1.0]);
+    // c = 0.5 - 0.25 > 0, against the gradient's own sign; m = 0.75 - 0.125
+    one(&rule, 2, 1.0, &mut p, -0.5, &mut m);
+    assert_close(p, 1.8 * 0.95 - 0.1, 1e-15);
+    assert_eq!(m, [0.625]);
+    // c = 0.3125 - 0.3125 = 0: only the decay moves.
+    let before = p;
+    one(&rule, 3, 1.0, &mut p, -0.625, &mut m);
+    assert_close(p, before * 0.95, 1e-15);
+    assert_eq!(m, [0.3125]);
+    // NaN stays NaN.
+    one(&rule, 4, 1.0, &mut p, f64::NAN, &mut m);
+    assert!(p.is_nan() && m[0].is_nan());
 }
 
 #[track_caller]

@@ -4,7 +4,9 @@ use half::bf16;
 
 use super::*;
 use crate::simd::away;
-use crate::{AdamWStep, Bool, Dtype, Fold, KernelError, Memory, SgdStep, Span, SpanMut};
+use crate::{
+    AdamWStep, Bool, Dtype, Fold, KernelError, Lion, Memory, Rule, SgdStep, Span, SpanMut, update,
+};
 use crate::{adamw, cast, cast_scaled, clamp, divide, fill, fold, sgd, sum_squares};
 
 const SGD: SgdStep = SgdStep {
@@ -259,7 +261,7 @@ fn optimizers_refuse_wrong_state_and_contradictions() {
     );
 
     let missing = sgd(SpanMut::of(&mut param), Span::of(&grad), None, &SGD).unwrap_err();
-    assert!(missing.to_string().contains("no momentum buffer"));
+    assert!(missing.to_string().contains("needs [\"momentum_buffer\"]"));
     let step = SgdStep {
         nesterov: true,
         dampening: 0.5,
@@ -282,6 +284,49 @@ fn optimizers_refuse_wrong_state_and_contradictions() {
             .contains("from 1")
     );
     assert_eq!(param, [bf16::ONE]);
+}
+
+#[test]
+fn updates_refuse_wrong_copies_and_counts_of_states() {
+    let rule = Rule::Lion(Lion {
+        lr: 0.1,
+        beta1: 0.9,
+        beta2: 0.99,
+        weight_decay: 0.0,
+    });
+    let (mut param, grad, mut state, mut other) =
+        ([1.0f32; 2], [1.0f32; 2], [0.0f32; 2], [0.0f32; 2]);
+    let mut take = |states: &mut [SpanMut<'_>], copy: Option<SpanMut<'_>>| {
+        let (p, g) = (SpanMut::of(&mut param), Span::of(&grad));
+        update(&rule, 1, 1.0, p, g, states, copy).unwrap_err()
+    };
+    let states = |passed| KernelError::States {
+        op: "lion",
+        wanted: &["exp_avg"],
+        passed,
+    };
+    assert_eq!(take(&mut [], None), states(0));
+    let two = &mut [SpanMut::of(&mut state), SpanMut::of(&mut other)];
+    assert_eq!(take(two, None), states(2));
+    let one = &mut [SpanMut::of(&mut state)];
+    let copy = take(one, Some(SpanMut::of(&mut [0i32; 2])));
+    assert_eq!(
+        copy,
+        KernelError::Unsupported {
+            op: "lion",
+            dtype: Dtype::I32
+        }
+    );
+    let copy = take(one, Some(SpanMut::of(&mut [0.0f32; 3])));
+    assert_eq!(
+        copy,
+        KernelError::Length {
+            op: "lion",
+            into: 3,
+            from: 2
+        }
+    );
+    assert_eq!((param, state), ([1.0; 2], [0.0; 2]));
 }
 
 #[test]
