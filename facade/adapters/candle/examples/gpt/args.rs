@@ -19,7 +19,7 @@ pub struct Args {
     /// Processes: a number, or "auto"
     #[arg(long, default_value = "auto")]
     pub devices: String,
-    /// single, ddp or auto
+    /// single, ddp, zero1 or auto
     #[arg(long, default_value = "auto")]
     pub strategy: String,
     /// 32-true or 64-true
