@@ -1,5 +1,4 @@
-//! Memory as the engine meets it: [`Buffer`], all that a tensor must be able to do, and [`Slab`], memory that the
-//! engine owns and moves into a collective.
+//! Memory that the engine owns, [`Slab`], and how several pieces of it are borrowed at once.
 //!
 //! [Note: slab ownership] A `Slab` is the only handle to its bytes: it is not `Clone`, `split_at` divides the range,
 //! and a collective takes it by value. Peers reach the bytes of an arena's slab only between the submission that takes
@@ -14,109 +13,10 @@ use std::{
     sync::Arc,
 };
 
-use fabric_kernels::{self as kernels, Dtype, Element, Memory, Span, SpanMut};
-
-use crate::error::{Error, Result};
+use fabric_kernels::{Dtype, Element, Memory, Span, SpanMut};
 
 /// Slabs start at a multiple of this many bytes: two cache lines, because the prefetcher fetches pairs.
 pub const SLAB_ALIGN: usize = 128;
-
-/// All that a tensor must be able to do. An implementation either lends its memory ([`Buffer::span`]), which is enough,
-/// or copies on demand ([`Buffer::read`], [`Buffer::write`]).
-pub trait Buffer {
-    /// The type of one element.
-    fn dtype(&self) -> Dtype;
-
-    /// How many elements.
-    fn numel(&self) -> usize;
-
-    /// Where the elements are.
-    fn memory(&self) -> Memory {
-        Memory::Host
-    }
-
-    /// Copy elements `range` to `into` (same length), casting on the way.
-    ///
-    /// # Errors
-    /// When the range or the cast is impossible, or the library refuses.
-    fn read(&self, range: Range<usize>, into: SpanMut<'_>) -> Result<()> {
-        let span = self.span().ok_or_else(|| neither("read"))?;
-        within(&range, span.len())?;
-        kernels::cast(span.slice(range), into)
-            .map_err(|error| Error::library("read a buffer", error))
-    }
-
-    /// Copy `from` to elements `range` (same length), casting on the way.
-    ///
-    /// # Errors
-    /// When the range or the cast is impossible, or the library refuses.
-    fn write(&mut self, range: Range<usize>, from: Span<'_>) -> Result<()> {
-        let mut span = self.span_mut().ok_or_else(|| neither("write"))?;
-        within(&range, span.len())?;
-        kernels::cast(from, span.slice(range))
-            .map_err(|error| Error::library("write a buffer", error))
-    }
-
-    /// The elements themselves, when they lie in one contiguous piece.
-    fn span(&self) -> Option<Span<'_>> {
-        None
-    }
-
-    /// The elements themselves, to change, when they lie in one contiguous piece.
-    fn span_mut(&mut self) -> Option<SpanMut<'_>> {
-        None
-    }
-}
-
-fn neither(verb: &str) -> Error {
-    Error::argument(
-        format!("this buffer neither lends its memory nor implements `{verb}`"),
-        "Implement Buffer::span and Buffer::span_mut, or Buffer::read and Buffer::write",
-    )
-}
-
-fn within(range: &Range<usize>, numel: usize) -> Result<()> {
-    if range.start <= range.end && range.end <= numel {
-        return Ok(());
-    }
-    Err(Error::argument(
-        format!(
-            "elements {}..{} are asked of a buffer of {numel}",
-            range.start, range.end
-        ),
-        "Ask for a range inside the buffer",
-    ))
-}
-
-impl<T: Element> Buffer for Vec<T> {
-    fn dtype(&self) -> Dtype {
-        T::DTYPE
-    }
-    fn numel(&self) -> usize {
-        self.len()
-    }
-    fn span(&self) -> Option<Span<'_>> {
-        Some(Span::of(self.as_slice()))
-    }
-    fn span_mut(&mut self) -> Option<SpanMut<'_>> {
-        Some(SpanMut::of(self.as_mut_slice()))
-    }
-}
-
-impl<T: Element> Buffer for &mut [T] {
-    fn dtype(&self) -> Dtype {
-        T::DTYPE
-    }
-    fn numel(&self) -> usize {
-        self.len()
-    }
-    fn span(&self) -> Option<Span<'_>> {
-        Some(Span::of(self))
-    }
-    fn span_mut(&mut self) -> Option<SpanMut<'_>> {
-        Some(SpanMut::of(self))
-    }
-}
 
 /// Memory of one dtype that the engine owns: `numel` elements in one piece, aligned to [`SLAB_ALIGN`] when fresh.
 pub struct Slab {
@@ -359,7 +259,7 @@ impl Slab {
         unsafe { self.raw_mut(range) }
     }
 
-    fn whole(&self) -> Span<'_> {
+    pub(super) fn whole(&self) -> Span<'_> {
         // SAFETY: validity as in `as_bytes`; alignment as in `part_mut`.
         unsafe { Span::from_raw(self.pointer(), self.dtype, self.numel, Memory::Host) }
     }
@@ -375,22 +275,6 @@ impl Slab {
     fn pointer(&self) -> *mut u8 {
         debug_assert!(self.offset + self.bytes() <= self.block.bytes);
         self.block.base.as_ptr().wrapping_add(self.offset)
-    }
-}
-
-impl Buffer for Slab {
-    fn dtype(&self) -> Dtype {
-        self.dtype
-    }
-    fn numel(&self) -> usize {
-        self.numel
-    }
-    fn span(&self) -> Option<Span<'_>> {
-        Some(self.whole())
-    }
-    fn span_mut(&mut self) -> Option<SpanMut<'_>> {
-        let all = 0..self.numel;
-        Some(self.part_mut(all))
     }
 }
 
@@ -541,20 +425,5 @@ mod tests {
     fn an_empty_slab_is_fine() {
         let slab = Slab::zeroed(Dtype::F64, 0);
         assert_eq!(slab.as_slice::<f64>(), &[] as &[f64]);
-    }
-
-    #[test]
-    fn reading_casts_and_refuses_a_range_outside() {
-        let values = vec![1.5f32, 2.5];
-        let mut into = vec![0f64; 1];
-        values.read(1..2, SpanMut::of(&mut into)).unwrap();
-        assert_eq!(into, [2.5]);
-        assert!(
-            values
-                .read(1..3, SpanMut::of(&mut into))
-                .unwrap_err()
-                .to_string()
-                .contains("buffer of 2")
-        );
     }
 }
