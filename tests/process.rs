@@ -8,6 +8,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use rustix::process::{Pid, Signal, kill_process};
+
 const PATIENCE: Duration = Duration::from_secs(60);
 
 fn train(args: &[&str]) -> Command {
@@ -87,14 +89,9 @@ fn lives(pid: u32) -> bool {
         .is_some_and(|rest| !rest.trim_start().starts_with('Z') && !rest.trim().is_empty())
 }
 
-fn signal(name: &str, pid: u32) {
-    assert!(
-        Command::new("kill")
-            .args([name, &pid.to_string()])
-            .status()
-            .unwrap()
-            .success()
-    );
+fn signal(signal: Signal, pid: u32) {
+    let pid = Pid::from_raw(pid as i32).expect("a process id");
+    kill_process(pid, signal).unwrap();
 }
 
 /// Start `world` ranks that train for long, and wait until all have begun: the supervisor, the ranks' process ids, and
@@ -172,7 +169,7 @@ fn kill_9_of_a_rank_ends_the_others_with_its_name_and_its_last_operation() {
     for wire in ["tcp", "auto"] {
         let (mut child, ranks, lines) = start("3", &[("FABRIC_WIRE", wire)]);
         let killed = Instant::now();
-        signal("-KILL", ranks[1].1);
+        signal(Signal::KILL, ranks[1].1);
         let status = loop {
             if let Some(status) = child.try_wait().unwrap() {
                 break status;
@@ -220,7 +217,7 @@ fn kill_9_of_a_rank_ends_the_others_with_its_name_and_its_last_operation() {
 #[test]
 fn sigterm_to_the_supervisor_leaves_no_process_behind() {
     let (child, ranks, lines) = start("2", &[]);
-    signal("-TERM", child.id());
+    signal(Signal::TERM, child.id());
     let (output, _) = finish(child);
     assert!(!output.status.success());
     drop(lines);
@@ -230,7 +227,7 @@ fn sigterm_to_the_supervisor_leaves_no_process_behind() {
 #[test]
 fn kill_9_of_the_supervisor_leaves_no_process_behind() {
     let (mut child, ranks, _lines) = start("2", &[]);
-    signal("-KILL", child.id());
+    signal(Signal::KILL, child.id());
     child.wait().unwrap();
     let started = Instant::now();
     while ranks.iter().any(|(_, pid)| lives(*pid)) {
