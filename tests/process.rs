@@ -214,6 +214,30 @@ fn kill_9_of_a_rank_ends_the_others_with_its_name_and_its_last_operation() {
     }
 }
 
+/// Goal: a rank that is alive and does nothing is found, rank 0 with its hub too. Method: stop it; its sockets stay open.
+#[test]
+fn a_rank_that_falls_silent_is_named_by_the_others() {
+    for silent in [0, 1] {
+        let (mut child, ranks, lines) = start("3", &[("FABRIC_SILENCE_S", "1.5")]);
+        signal(Signal::STOP, ranks[silent].1);
+        let stopped = Instant::now();
+        while child.try_wait().unwrap().is_none() {
+            assert!(
+                stopped.elapsed() < Duration::from_secs(20),
+                "rank {silent}: nobody noticed"
+            );
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let text = lines.iter().collect::<Vec<_>>().join("\n");
+        let words = format!("rank 2: rank {silent} is gone (it has been silent for");
+        assert!(text.contains(&words), "{text}");
+        assert!(
+            ranks.iter().all(|(_, pid)| !lives(*pid)),
+            "a process is left"
+        );
+    }
+}
+
 #[test]
 fn sigterm_to_the_supervisor_leaves_no_process_behind() {
     let (child, ranks, lines) = start("2", &[]);

@@ -269,7 +269,13 @@ impl Room {
                 self.tell_all(&Message::Bye { rank: rank as u32 });
                 self.seats[rank] = Seat::Left;
             }
-            // A beat was counted by being heard; the rest is what only a hub says.
+            Message::Beat => {
+                // Being heard counted it; the answer tells the rank that the hub lives.
+                if let Seat::Here { line, .. } = &mut self.seats[rank] {
+                    let _ = line.send(&Message::Beat); // a broken line is noticed when it is next listened to
+                }
+            }
+            // The rest is what only a hub says.
             _ => {}
         }
     }

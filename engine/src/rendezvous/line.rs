@@ -18,7 +18,7 @@ pub(super) enum Message {
     Offer { topic: String, bytes: Vec<u8> },
     /// From the hub: everybody's contribution to `topic`, by rank.
     Table { topic: String, rows: Vec<Vec<u8>> },
-    /// To the hub: still here.
+    /// To the hub: still here. From the hub: so am I.
     Beat,
     /// To the hub: the connection to `peer` broke. From the hub: what do you know of `peer`?
     Lost { peer: u32, how: String },

@@ -183,7 +183,7 @@ impl Member {
             line,
             inbox,
             control: control.clone(),
-            beat: options.silence / 10,
+            silence: options.silence,
             hub_left: false,
         };
         let thread = std::thread::Builder::new()
@@ -331,17 +331,18 @@ struct Client {
     line: Line,
     inbox: Receiver<Message>,
     control: Control,
-    beat: Duration,
+    silence: Duration,
     hub_left: bool,
 }
 
 impl Client {
     fn run(&mut self, clock: &Clock) {
-        let mut next_beat = clock.now() + self.beat;
+        let beat = self.silence / 10;
+        let (mut next_beat, mut heard) = (clock.now() + beat, clock.now());
         loop {
             self.wait(next_beat.saturating_sub(clock.now()));
             if clock.now() >= next_beat {
-                next_beat = clock.now() + self.beat;
+                next_beat = clock.now() + beat;
                 let _ = self.line.send(&Message::Beat);
             }
             let mut leaving = false;
@@ -354,8 +355,17 @@ impl Client {
                 return;
             }
             let (messages, ended) = self.line.receive();
+            if !messages.is_empty() {
+                heard = clock.now();
+            }
             for message in messages {
                 self.act(message);
+            }
+            let quiet = clock.now().saturating_sub(heard);
+            if quiet > self.silence && !self.hub_left {
+                let how = format!("it has been silent for {} s", quiet.as_secs());
+                self.control.signal.raise(self.control.ledger.lost(0, how));
+                return;
             }
             if ended.is_some() || self.line.flush().is_err() {
                 if !self.hub_left {

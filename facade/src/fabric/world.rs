@@ -81,17 +81,8 @@ pub(super) fn is_from_peer(error: &Error) -> bool {
 /// The communicator, over the wire that FABRIC_WIRE names or the best one.
 fn connect(member: &Arc<Member>) -> Result<Host> {
     let mut options = HostOptions::default();
-    if let Ok(text) = std::env::var("FABRIC_TIMEOUT_S") {
-        let seconds = text
-            .parse()
-            .ok()
-            .filter(|seconds| *seconds > 0.0 && *seconds < 1e9);
-        options.deadline = seconds.map(Duration::from_secs_f64).ok_or_else(|| {
-            Error::argument(
-                format!("FABRIC_TIMEOUT_S = '{text}'"),
-                "Give the time-out of a collective in seconds, like 600",
-            )
-        })?;
+    if let Some(time) = seconds("FABRIC_TIMEOUT_S", "a collective may take")? {
+        options.deadline = time;
     }
     let wire = std::env::var("FABRIC_WIRE").unwrap_or_else(|_| "auto".into());
     match wire.as_str() {
@@ -108,6 +99,25 @@ fn connect(member: &Arc<Member>) -> Result<Host> {
             "Choose one of auto, shm, tcp",
         )),
     }
+}
+
+/// A time in seconds from the environment.
+fn seconds(name: &str, what: &str) -> Result<Option<Duration>> {
+    let Ok(text) = std::env::var(name) else {
+        return Ok(None);
+    };
+    let seconds = text
+        .parse()
+        .ok()
+        .filter(|seconds| *seconds > 0.0 && *seconds < 1e9);
+    seconds
+        .map(|seconds| Some(Duration::from_secs_f64(seconds)))
+        .ok_or_else(|| {
+            Error::argument(
+                format!("{name} = '{text}'"),
+                format!("Give how long {what}, in seconds, like 600"),
+            )
+        })
 }
 
 /// Join as the rank that the environment names, run `body`, and leave.
@@ -133,10 +143,13 @@ pub(super) fn as_rank<T>(
 
 fn join(place: &Place) -> Result<World> {
     static LAUNCHES: AtomicU64 = AtomicU64::new(0);
-    let options = Options {
+    let mut options = Options {
         epoch: LAUNCHES.fetch_add(1, Ordering::Relaxed),
         ..Options::new(place.rank, place.world, place.address, place.secret.clone())
     };
+    if let Some(time) = seconds("FABRIC_SILENCE_S", "a rank may give no sign of life")? {
+        options.silence = time;
+    }
     let member = match launch::inherited_listener().filter(|_| place.rank == 0) {
         Some(listener) => Member::host(options, listener)?,
         None => Member::join(options)?,
