@@ -23,7 +23,7 @@ use fabric_engine::{
 
 use crate::shards::Shards;
 
-pub use fabric_engine::shard::{ParamId, ParamMeta, sequencer::Keep};
+pub use fabric_engine::shard::{Edge, ParamId, ParamMeta, UnitId, sequencer::Keep};
 
 /// A model as Fabric sees it: parameters that can be reached, and that report their gradients.
 pub trait Model: Send + Sync + 'static {
@@ -39,6 +39,58 @@ pub trait Model: Send + Sync + 'static {
         param: ParamId,
         f: &mut dyn FnMut(&mut dyn Buffer) -> EngineResult<()>,
     ) -> EngineResult<()>;
+
+    /// Call `f` with what an optimizer updates: the parameter, and, where the parameter is kept in a wider type than the
+    /// model computes with, the copy that it computes with, which the update rewrites.
+    ///
+    /// # Errors
+    /// As [`Model::with`].
+    fn update(
+        &self,
+        param: ParamId,
+        f: &mut dyn FnMut(&mut dyn Buffer, Option<&mut dyn Buffer>) -> EngineResult<()>,
+    ) -> EngineResult<()> {
+        self.with(param, &mut |buffer| f(buffer, None))
+    }
+
+    /// The units that parameters may be sharded by, in forward order: [`ParamMeta::unit`] counts in this list. A library
+    /// that names units reports their edges to [`Events::unit`], and can [`Model::release`] and [`Model::acquire`].
+    fn units(&self) -> &[String] {
+        &[]
+    }
+
+    /// Give a parameter whose initialisation was deferred its memory and its first values; nothing for any other. Called
+    /// by `fabric.setup`, once for each parameter, on the rank whose values count.
+    ///
+    /// # Errors
+    /// The library's refusal.
+    fn initialize(&self, param: ParamId) -> EngineResult<()> {
+        let _ = param;
+        Ok(())
+    }
+
+    /// Give up a parameter's memory: its values are kept elsewhere until [`Model::acquire`]. A use of it meanwhile must be
+    /// an error of the library, and never a wrong result. Nothing, when it has none.
+    ///
+    /// # Errors
+    /// When the library cannot do it: its parameters cannot be sharded.
+    fn release(&self, param: ParamId) -> EngineResult<()> {
+        let name = &self.params()[param.0].name;
+        Err(EngineError::argument(
+            format!("'{name}' cannot give up its memory, which sharding parameters needs"),
+            "Use a strategy that keeps parameters whole (ddp, zero1, zero2), or an adapter that implements Model::release",
+        ))
+    }
+
+    /// Give a parameter memory for its values, which [`Model::with`] then fills; what it holds before that is undefined.
+    /// Nothing, when it has memory.
+    ///
+    /// # Errors
+    /// When there is no memory, or the library cannot do it.
+    fn acquire(&self, param: ParamId) -> EngineResult<()> {
+        let _ = param;
+        Ok(())
+    }
 
     /// Where gradients are to be reported from now on. Called once, by `fabric.setup`.
     fn attach(&self, events: Arc<dyn Events>);
@@ -59,6 +111,13 @@ pub trait Events: Send + Sync {
     /// When the gradient does not fit or a reduction failed. The error is kept and returned by `fabric.backward`, so
     /// that a hook that cannot return it may ignore it.
     fn ready(&self, param: ParamId, grad: &dyn Buffer) -> EngineResult<Keep>;
+
+    /// A pass crosses the border of a unit. When this returns from an entrance, the unit's parameters are there. All
+    /// ranks cross the same borders in the same order.
+    ///
+    /// # Errors
+    /// When a rank is gone, or the order makes no sense.
+    fn unit(&self, unit: UnitId, edge: Edge) -> EngineResult<()>;
 }
 
 /// A loss: what `fabric.backward` is called with.
@@ -148,7 +207,12 @@ impl<'a> Gradients<'a> {
         Self { sequencer, pieces }
     }
 
-    /// The gradient of one parameter, or `None` when it has none.
+    /// What every gradient is to be multiplied by: the loss's scale undone, and clipping.
+    pub fn scale(&self) -> f64 {
+        1.0
+    }
+
+    /// The gradient of one parameter, or `None` when it has none. It is still to be multiplied by [`Gradients::scale`].
     pub fn get(&self, param: ParamId) -> Option<Span<'_>> {
         match self.pieces {
             Some(pieces) => self.sequencer.piece(pieces.get(param.0)?),
@@ -251,6 +315,10 @@ impl Events for Reporter {
                 "Use a model inside the fabric.launch in which it was set up",
             )),
         }
+    }
+
+    fn unit(&self, _: UnitId, _: Edge) -> EngineResult<()> {
+        Ok(()) // no strategy shards parameters yet
     }
 }
 

@@ -17,6 +17,25 @@ use crate::comm::{Aborter, Communicator, Rank, trace::Trace};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ParamId(pub usize);
 
+/// A unit's position in the order in which the forward pass runs them: the parameters that are gathered together, used
+/// together and dropped together where parameters are sharded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct UnitId(pub usize);
+
+/// Where a pass through the model crosses the border of a unit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Edge {
+    /// Its forward begins: its parameters are needed.
+    ForwardEnter,
+    /// Its forward is over.
+    ForwardLeave,
+    /// Its backward begins: its parameters are needed again.
+    BackwardEnter,
+    /// Its backward is over: all its gradients were handed over. A library that cannot tell leaves it to the engine,
+    /// which counts them.
+    BackwardLeave,
+}
+
 /// What the engine knows of one parameter.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ParamMeta {
@@ -28,6 +47,10 @@ pub struct ParamMeta {
     pub dtype: fabric_kernels::Dtype,
     /// Whether it gets gradients.
     pub trainable: bool,
+    /// The unit it belongs to; `None` is the root, whose parameters are always there.
+    pub unit: Option<UnitId>,
+    /// Where else the model uses it: a tied parameter. When that is not its own unit, the root has it.
+    pub tied: Vec<Option<UnitId>>,
 }
 
 impl ParamMeta {
@@ -38,7 +61,23 @@ impl ParamMeta {
             shape: shape.to_vec(),
             dtype,
             trainable: true,
+            unit: None,
+            tied: Vec::new(),
         }
+    }
+
+    /// The same, in a unit.
+    pub fn in_unit(self, unit: UnitId) -> Self {
+        Self {
+            unit: Some(unit),
+            ..self
+        }
+    }
+
+    /// The unit that gathers it: its own, unless it is tied to a place outside.
+    pub fn home(&self) -> Option<UnitId> {
+        self.unit
+            .filter(|unit| self.tied.iter().all(|other| *other == Some(*unit)))
     }
 
     /// How many elements.
