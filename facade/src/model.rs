@@ -25,6 +25,10 @@ use crate::shards::Shards;
 
 pub use fabric_engine::shard::{Edge, ParamId, ParamMeta, UnitId, sequencer::Keep};
 
+/// Updates a parameter, and the copy of it that the model computes with.
+pub type UpdateParam<'a> =
+    dyn FnMut(&mut dyn Buffer, Option<&mut dyn Buffer>) -> EngineResult<()> + 'a;
+
 /// A model as Fabric sees it: parameters that can be reached, and that report their gradients.
 pub trait Model: Send + Sync + 'static {
     /// All parameters in registration order, frozen ones too. The same on all ranks, and always.
@@ -45,11 +49,7 @@ pub trait Model: Send + Sync + 'static {
     ///
     /// # Errors
     /// As [`Model::with`].
-    fn update(
-        &self,
-        param: ParamId,
-        f: &mut dyn FnMut(&mut dyn Buffer, Option<&mut dyn Buffer>) -> EngineResult<()>,
-    ) -> EngineResult<()> {
+    fn update(&self, param: ParamId, f: &mut UpdateParam<'_>) -> EngineResult<()> {
         self.with(param, &mut |buffer| f(buffer, None))
     }
 
