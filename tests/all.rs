@@ -1,9 +1,11 @@
 //! One test binary: the rooms' tests against each other.
 
+mod blocks;
 mod checkpoint;
 mod ddp;
 mod exhaustive;
 mod facade;
+mod fsdp;
 mod parity;
 mod process;
 mod puppet;

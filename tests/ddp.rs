@@ -77,7 +77,7 @@ fn plan(world: usize, bucket_bytes: usize) -> Plan {
     let options = Options {
         bucket_bytes,
         first_bucket_bytes: bucket_bytes,
-        reduce_dtype: None,
+        ..Options::default()
     };
     Plan::new(DDP, world, params, &options).unwrap()
 }

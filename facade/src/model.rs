@@ -13,10 +13,10 @@ use fabric_engine::{
     Error as EngineError, Result as EngineResult,
     buffer::Buffer,
     comm::Spent,
-    kernels::Span,
+    kernels::{self, Span},
     shard::{
-        SharedComm,
-        plan::{Piece, Plan},
+        Parameters, SharedComm,
+        plan::{Forecast, Piece, Plan},
         sequencer::{Sequencer, Unused},
     },
 };
@@ -155,14 +155,19 @@ impl<M: Model> FabricModule<M> {
         self.core.sequencer().plan().clone()
     }
 
-    /// What one synchronised backward costs this rank, predicted from the plan: collectives, messages and bytes sent.
-    pub fn prediction(&self) -> Spent {
-        self.core.prediction
+    /// What the parts of a step cost this rank, predicted from the plan: collectives, messages and bytes sent.
+    pub fn forecast(&self) -> Forecast {
+        self.core.forecast
     }
 
-    /// What one optimizer step costs this rank, predicted from the plan: nothing, unless ranks update pieces.
+    /// What one synchronised backward costs this rank: part of [`FabricModule::forecast`].
+    pub fn prediction(&self) -> Spent {
+        self.core.forecast.last_backward
+    }
+
+    /// What one optimizer step costs this rank: nothing, unless ranks update pieces.
     pub fn step_prediction(&self) -> Spent {
-        self.core.step_prediction
+        self.core.forecast.step
     }
 
     /// A copy of a parameter's gradient as f32, if it has one and this rank holds all of it (a strategy that shards the
@@ -171,8 +176,18 @@ impl<M: Model> FabricModule<M> {
         let sequencer = self.core.sequencer();
         let grad = sequencer.grad(param)?;
         let mut copy = vec![0f32; grad.len()];
-        fabric_engine::kernels::cast(grad, fabric_engine::kernels::SpanMut::of(&mut copy)).ok()?;
+        let into = kernels::SpanMut::of(&mut copy);
+        kernels::cast_scaled(grad, into, sequencer.factor()).ok()?;
         Some(copy)
+    }
+
+    /// Tell the engine that a pass crosses the border of a unit: for libraries, and programs over plain vectors, that
+    /// call their blocks themselves.
+    ///
+    /// # Errors
+    /// When a rank is gone, or the order makes no sense.
+    pub fn unit(&self, unit: UnitId, edge: Edge) -> crate::Result<()> {
+        Ok(self.core.sequencer().unit(unit, edge)?)
     }
 
     /// Forget the gradients of all parameters.
@@ -209,7 +224,7 @@ impl<'a> Gradients<'a> {
 
     /// What every gradient is to be multiplied by: the loss's scale undone, and clipping.
     pub fn scale(&self) -> f64 {
-        1.0
+        self.sequencer.factor()
     }
 
     /// The gradient of one parameter, or `None` when it has none. It is still to be multiplied by [`Gradients::scale`].
@@ -225,8 +240,7 @@ impl<'a> Gradients<'a> {
 pub(crate) struct Core {
     pub(crate) model: Arc<dyn Model>,
     sequencer: Mutex<Sequencer>,
-    pub(crate) prediction: Spent,
-    pub(crate) step_prediction: Spent,
+    pub(crate) forecast: Forecast,
     pub(crate) shards: Option<Shards>,
     pub(crate) comm: SharedComm,
     sync: AtomicBool,
@@ -239,15 +253,14 @@ impl Core {
         model: Arc<dyn Model>,
         sequencer: Sequencer,
         comm: SharedComm,
-        [prediction, step_prediction]: [Spent; 2],
+        forecast: Forecast,
     ) -> Self {
         Self {
             shards: Shards::of(&model, &sequencer),
             model,
             sequencer: Mutex::new(sequencer),
             comm,
-            prediction,
-            step_prediction,
+            forecast,
             sync: AtomicBool::new(true),
             reported_everywhere: AtomicBool::new(false),
             reported_somewhere: AtomicBool::new(false),
@@ -297,6 +310,28 @@ impl Core {
     }
 }
 
+/// A model's parameters, as the engine reaches them.
+pub(crate) struct Reach(pub(crate) Arc<dyn Model>);
+
+impl Parameters for Reach {
+    fn with(
+        &self,
+        param: ParamId,
+        f: &mut dyn FnMut(&mut dyn Buffer) -> EngineResult<()>,
+    ) -> EngineResult<()> {
+        self.0.with(param, f)
+    }
+    fn initialize(&self, param: ParamId) -> EngineResult<()> {
+        self.0.initialize(param)
+    }
+    fn acquire(&self, param: ParamId) -> EngineResult<()> {
+        self.0.acquire(param)
+    }
+    fn release(&self, param: ParamId) -> EngineResult<()> {
+        self.0.release(param)
+    }
+}
+
 /// What a model's hooks report to. It does not keep the model alive, which keeps it.
 pub(crate) struct Reporter(Weak<Core>);
 
@@ -317,8 +352,11 @@ impl Events for Reporter {
         }
     }
 
-    fn unit(&self, _: UnitId, _: Edge) -> EngineResult<()> {
-        Ok(()) // no strategy shards parameters yet
+    fn unit(&self, unit: UnitId, edge: Edge) -> EngineResult<()> {
+        match self.0.upgrade() {
+            Some(core) => core.sequencer().unit(unit, edge),
+            None => Ok(()), // the job is over; a forward may go on
+        }
     }
 }
 

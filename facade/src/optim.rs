@@ -17,6 +17,12 @@ pub trait Optimizer: Send {
     /// The library's or the arithmetic's refusal.
     fn step(&mut self, model: &dyn Model, grads: &Gradients<'_>) -> Result<()>;
 
+    /// Whether [`Optimizer::step`] multiplies every gradient by [`Gradients::scale`], in its own pass. Otherwise that is
+    /// done before it is called.
+    fn scales(&self) -> bool {
+        false
+    }
+
     /// The learning rate.
     fn learning_rate(&self) -> f64;
 

@@ -8,44 +8,69 @@ use fabric_engine::{
     buffer::{Buffer, Slab},
     comm::Collectives,
     kernels::{Dtype, Span, SpanMut},
-    shard::{SharedComm, plan::Piece, sequencer::Sequencer},
+    shard::{SharedComm, mains::Mains, plan::Piece, sequencer::Sequencer},
 };
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    model::{Events, Model, ParamId, ParamMeta},
+    model::{Events, Model, ParamId, ParamMeta, UpdateParam},
     optim::{OptimizerState, STEP},
 };
 
 /// This rank's pieces: parameter i of this model is piece i.
 pub(crate) struct Shards {
     model: Arc<dyn Model>,
+    mains: Arc<Mains>,
     pieces: Vec<Piece>,
+    places: Vec<Place>, // by piece
     metas: Vec<ParamMeta>,
 }
 
+/// Where the values of a piece are.
+enum Place {
+    /// In the model, where they lie.
+    Model,
+    /// In the main values of the piece's bucket, at this range.
+    Main(Range<usize>),
+    /// There too, and rounded in the model.
+    Both(Range<usize>),
+}
+
 impl Shards {
-    /// The pieces of `model` that this rank updates by the sequencer's plan; `None` when it updates whole parameters.
+    /// The pieces of `model` that this rank updates by the sequencer's plan; `None` when it updates whole parameters in the
+    /// model.
     pub(crate) fn of(model: &Arc<dyn Model>, sequencer: &Sequencer) -> Option<Self> {
         let plan = sequencer.plan();
-        if !plan.row().shards_update() {
+        if !plan.updates_pieces() {
             return None;
         }
         let pieces = plan.pieces(sequencer.rank());
         let meta = |piece: &Piece| {
             let Range { start, end } = piece.range;
             let whole = plan.param(piece.param);
+            let dtype = plan.buckets()[piece.bucket].main_dtype;
             ParamMeta::new(
                 format!("{}[{start}..{end}]", whole.name),
                 &[end - start],
-                whole.dtype,
+                dtype,
             )
         };
-        let metas = pieces.iter().map(meta).collect();
+        let place = |piece: &Piece| {
+            let bucket = &plan.buckets()[piece.bucket];
+            let start = plan.own(piece.bucket, sequencer.rank()).start;
+            let range = piece.place.start - start..piece.place.end - start;
+            match (bucket.has_main(), bucket.axis.shards_param()) {
+                (false, _) => Place::Model,
+                (true, true) => Place::Main(range),
+                (true, false) => Place::Both(range),
+            }
+        };
         Some(Self {
             model: model.clone(),
+            mains: sequencer.mains(),
+            metas: pieces.iter().map(meta).collect(),
+            places: pieces.iter().map(place).collect(),
             pieces,
-            metas,
         })
     }
 
@@ -61,13 +86,39 @@ impl Model for Shards {
     }
 
     fn with(&self, param: ParamId, f: &mut dyn FnMut(&mut dyn Buffer) -> Result<()>) -> Result<()> {
-        let piece = &self.pieces[param.0];
-        self.model.with(piece.param, &mut |whole| {
-            f(&mut Part {
-                whole,
-                range: piece.range.clone(),
-            })
+        self.update(param, &mut |buffer, copy| {
+            f(buffer)?;
+            let Some(copy) = copy else { return Ok(()) };
+            match buffer.span() {
+                Some(span) => copy.write(0..span.len(), span),
+                None => unreachable!("main values lie in one piece"),
+            }
         })
+    }
+
+    fn update(&self, param: ParamId, f: &mut UpdateParam<'_>) -> Result<()> {
+        let piece = &self.pieces[param.0];
+        let in_model = |f: &mut dyn FnMut(&mut Part<'_>) -> Result<()>| {
+            self.model.with(piece.param, &mut |whole| {
+                let range = piece.range.clone();
+                f(&mut Part { whole, range })
+            })
+        };
+        let in_main = |range: &Range<usize>, f: &mut dyn FnMut(&mut Part<'_>) -> Result<()>| {
+            let mut slab = self
+                .mains
+                .lock(piece.bucket)
+                .expect("this bucket has main values");
+            let (whole, range) = (&mut *slab, range.clone());
+            f(&mut Part { whole, range })
+        };
+        match &self.places[param.0] {
+            Place::Model => in_model(&mut |part| f(part, None)),
+            Place::Main(range) => in_main(range, &mut |part| f(part, None)),
+            Place::Both(range) => {
+                in_main(range, &mut |main| in_model(&mut |copy| f(main, Some(copy))))
+            }
+        }
     }
 
     fn attach(&self, _: Arc<dyn Events>) {

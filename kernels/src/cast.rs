@@ -60,6 +60,31 @@ pub fn cast_scaled(from: Span<'_>, into: SpanMut<'_>, factor: f64) -> Result<(),
     )
 }
 
+/// `x[i] *= factor`, rounded once into the dtype. Floats only.
+pub fn scale(mut x: SpanMut<'_>, factor: f64) -> Result<(), KernelError> {
+    const CHUNK_ELEMS: usize = 1024; // a copy that stays in the first cache
+    const OP: &str = "scale";
+    let dtype = x.dtype();
+    if !dtype.is_float() {
+        return Err(KernelError::Unsupported { op: OP, dtype });
+    }
+    with_float!(
+        dtype,
+        |T| {
+            let mut copy = [<T as Default>::default(); CHUNK_ELEMS];
+            for start in (0..x.len()).step_by(CHUNK_ELEMS) {
+                let range = start..x.len().min(start + CHUNK_ELEMS);
+                let copy = &mut copy[..range.len()];
+                let mut part = x.slice(range);
+                cast(part.as_span(), SpanMut::of(copy))?;
+                cast_scaled(Span::of(copy), part.reborrow(), factor)?;
+            }
+            Ok(())
+        },
+        else Err(KernelError::Unsupported { op: OP, dtype })
+    )
+}
+
 /// `into[i] = from[i] / by`, truncated toward zero. Integers of one dtype only: floats are multiplied by a factor
 /// ([`cast_scaled`]), so that an average rounds once.
 pub fn divide(from: Span<'_>, into: SpanMut<'_>, by: u64) -> Result<(), KernelError> {

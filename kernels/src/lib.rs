@@ -48,7 +48,7 @@ mod span;
 #[cfg(test)]
 mod tests;
 
-pub use cast::{cast, cast_scaled, divide};
+pub use cast::{cast, cast_scaled, divide, scale};
 pub use dtype::{Bool, Dtype, Element, F8E4M3, F8E5M2, Memory};
 pub use error::KernelError;
 pub use exact::SquareBins;

@@ -2,9 +2,12 @@
 
 use std::ops::Range;
 
-use fabric_kernels::{self as kernels, Fold, Span, SpanMut};
+use fabric_kernels::{self as kernels, Fold, Span, SpanMut, SquareBins};
 
-use super::plan::BucketPlan;
+use super::{
+    plan::BucketPlan,
+    pool::{Pool, Rest},
+};
 use crate::{
     buffer::{Buffer, Slab},
     comm::Work,
@@ -14,56 +17,81 @@ use crate::{
 /// One bucket at run time.
 pub struct Bucket {
     plan: BucketPlan,
-    place: Place,
-    shard: Option<Shard>,
+    own: Range<usize>, // what this rank keeps of the reduced gradients
+    whole: Place,
+    pooled: bool,       // the whole is lent for a backward, and only the sum is kept
+    sum: Option<Place>, // the reduced gradients of `own`, when they are not read from the whole
+    summing: bool,      // the sum holds something since the last zero_grad
     arrived: Vec<bool>, // by entry: in this backward
-    filled: Vec<bool>, // by entry: holds a gradient that the next reduction takes along, or (unsharded) the whole
-    missing: usize,    // entries that have not arrived in this backward
+    filled: Vec<bool>,  // by entry: holds a gradient that the next reduction takes along
+    used: Vec<bool>,    // by entry: had a gradient since the ranks last compared
+    held: Vec<bool>,    // by entry: has a gradient that an optimizer can read
+    missing: usize,     // entries that have not arrived in this backward
 }
 
-/// Where ranks own slices: this rank's, reduced and added up since the last zero_grad. The bucket's own memory is free
-/// again after a reduction.
-struct Shard {
-    own: Range<usize>, // in the bucket
-    sum: Slab,
-    held: Vec<bool>, // by entry
-}
-
-/// Where the bucket's memory is.
+/// Where memory is.
 enum Place {
-    Here(Slab),
-    Away(Work),
+    /// Not lent at present.
+    Nowhere,
+    Here(Slab, Option<Rest>),
+    Away(Work, Option<Rest>),
     Lost, // an operation failed and kept it
 }
 
+/// What a bucket keeps its gradients in.
+pub(super) enum Memory {
+    /// All of them, in a slab of its own; the reduced ones are read where they lie.
+    Whole(Slab),
+    /// All of them, and the reduced ones apart.
+    WholeAndSum(Slab, Slab),
+    /// The reduced ones only; the whole is lent by a pool.
+    Sum(Slab),
+    /// Nothing: frozen.
+    Nothing,
+}
+
 impl Bucket {
-    /// An empty bucket in `slab`.
-    pub(super) fn new(plan: BucketPlan, slab: Slab, own: Option<Range<usize>>) -> Self {
-        assert_eq!(
-            (plan.dtype, plan.padded),
-            (slab.dtype(), slab.numel()),
-            "a slab that fits the plan"
-        );
-        let entries = plan.layout.entries().len();
-        let shard = own.map(|own| Shard {
-            sum: Slab::zeroed(plan.dtype, own.len()),
-            own,
-            held: vec![false; entries],
-        });
+    /// An empty bucket, of which this rank owns `own`.
+    pub(super) fn new(plan: BucketPlan, own: Range<usize>, memory: Memory) -> Self {
+        let entries = match plan.trainable {
+            true => plan.layout.entries().len(),
+            false => 0,
+        };
+        let here = |slab| Place::Here(slab, None);
+        let pooled = matches!(memory, Memory::Sum(_) | Memory::Nothing);
+        let (whole, sum) = match memory {
+            Memory::Whole(whole) => (here(whole), None),
+            Memory::WholeAndSum(whole, sum) => (here(whole), Some(here(sum))),
+            Memory::Sum(sum) => (Place::Nowhere, Some(here(sum))),
+            Memory::Nothing => (Place::Nowhere, None),
+        };
         Self {
             plan,
-            place: Place::Here(slab),
-            shard,
+            own,
+            whole,
+            pooled,
+            sum,
+            summing: false,
             arrived: vec![false; entries],
             filled: vec![false; entries],
+            used: vec![false; entries],
+            held: vec![false; entries],
             missing: entries,
         }
     }
 
     /// Forget what has arrived: a backward begins.
-    pub(super) fn begin(&mut self) {
+    pub(super) fn begin(&mut self, rank: usize) -> Result<()> {
         self.arrived.fill(false);
         self.missing = self.arrived.len();
+        // What was reduced lies in the whole, and is to be added to what comes: make room for it.
+        let reduced = self.plan.axis.shards_update() && self.held.contains(&true);
+        if reduced && self.sum.is_none() {
+            let sum = Slab::zeroed(self.plan.dtype.accumulator(), self.own.len());
+            self.sum = Some(Place::Here(sum, None));
+            self.add_to_sum(rank)?;
+        }
+        Ok(())
     }
 
     /// Whether every gradient has arrived.
@@ -76,28 +104,34 @@ impl Bucket {
         self.arrived[entry]
     }
 
-    /// Whether entry `entry` holds a gradient.
-    pub(super) fn is_filled(&self, entry: usize) -> bool {
-        self.filled[entry]
-    }
-
-    /// Say whether any rank had a gradient for `entry` in the reduction that is over.
-    pub(super) fn set_used(&mut self, entry: usize, used: bool) {
-        match &mut self.shard {
-            Some(shard) => {
-                shard.held[entry] |= used;
-                self.filled[entry] = false;
-            }
-            None => self.filled[entry] = used,
-        }
+    /// Whether entry `entry` had a gradient on this rank since the ranks last compared.
+    pub(super) fn is_used(&self, entry: usize) -> bool {
+        self.used[entry] || self.filled[entry]
     }
 
     /// Whether entry `entry` has a gradient that an optimizer can read.
     pub(super) fn is_held(&self, entry: usize) -> bool {
-        match &self.shard {
-            Some(shard) => shard.held[entry],
-            None => self.filled[entry],
-        }
+        self.held[entry]
+    }
+
+    /// Whether any has.
+    pub(super) fn holds(&self) -> bool {
+        self.held.contains(&true)
+    }
+
+    /// Whether the memory of the whole is on its way.
+    pub(super) fn is_away(&self) -> bool {
+        matches!(self.whole, Place::Away(..))
+    }
+
+    /// Whether taking a gradient in needs memory that a pool lends.
+    pub(super) fn wants_memory(&self) -> bool {
+        matches!(self.whole, Place::Nowhere)
+    }
+
+    /// Memory for the whole.
+    pub(super) fn lend(&mut self, (slab, rest): (Slab, Rest)) {
+        self.whole = Place::Here(slab, Some(rest));
     }
 
     /// Take a gradient in: copied on the first micro-batch, added on the next, cast on the way.
@@ -122,6 +156,7 @@ impl Bucket {
         }
         self.arrived[entry] = true;
         self.filled[entry] = true;
+        self.used[entry] = true;
         self.missing -= 1;
         Ok(())
     }
@@ -143,106 +178,181 @@ impl Bucket {
         Ok(())
     }
 
-    /// Send the memory away with `submit`.
+    /// Send the whole away with `submit`.
     pub(super) fn launch(
         &mut self,
         rank: usize,
         submit: impl FnOnce(Slab) -> Result<Work>,
     ) -> Result<()> {
         self.here(rank)?;
-        if let Place::Here(slab) = std::mem::replace(&mut self.place, Place::Lost) {
-            self.place = Place::Away(submit(slab)?);
+        if let Place::Here(slab, rest) = std::mem::replace(&mut self.whole, Place::Lost) {
+            self.whole = Place::Away(submit(slab)?, rest);
         }
         Ok(())
     }
 
-    /// Wait until the memory is back from its reduction; where ranks own slices, add this rank's to its sum.
-    pub(super) fn land(&mut self, rank: usize) -> Result<()> {
-        self.settle()?;
-        if let (Some(shard), Place::Here(slab)) = (&mut self.shard, &self.place) {
-            let (from, all) = (slab.part(shard.own.clone()), 0..shard.own.len());
-            let into = shard.sum.part_mut(all);
-            let added = if shard.held.contains(&true) {
-                kernels::fold(Fold::Sum, into, from)
-            } else {
-                kernels::cast(from, into)
-            };
-            added.map_err(Error::kernel(rank, "add a reduced gradient"))?;
+    /// Wait until the whole is back from its reduction, and add what this rank owns to the sum, where there is one. A
+    /// block of `pool` goes back to it.
+    pub(super) fn land(&mut self, rank: usize, pool: &mut Pool) -> Result<()> {
+        self.whole.settle()?;
+        if self.sum.is_some() {
+            self.add_to_sum(rank)?;
+        }
+        if self.pooled
+            && let Place::Here(slab, Some(rest)) =
+                std::mem::replace(&mut self.whole, Place::Nowhere)
+        {
+            pool.give(slab, rest);
         }
         Ok(())
     }
 
-    /// Wait until the memory is back.
-    pub(super) fn settle(&mut self) -> Result<()> {
-        if let Place::Away(work) = std::mem::replace(&mut self.place, Place::Lost) {
-            self.place = Place::Here(work.wait()?.into_output());
-        } else {
-            unreachable!("only a bucket that was launched lands");
+    fn add_to_sum(&mut self, rank: usize) -> Result<()> {
+        let (Some(Place::Here(sum, _)), Place::Here(whole, _)) = (&mut self.sum, &self.whole)
+        else {
+            return Err(lost(rank));
+        };
+        let (from, all) = (whole.part(self.own.clone()), 0..self.own.len());
+        let into = sum.part_mut(all);
+        let added = match self.summing {
+            true => kernels::fold(Fold::Sum, into, from),
+            false => kernels::cast(from, into),
+        };
+        self.summing = true;
+        added.map_err(Error::kernel(rank, "add a reduced gradient"))
+    }
+
+    /// Send the sum away with `submit`: to be added up over replicas.
+    pub(super) fn launch_sum(&mut self, submit: impl FnOnce(Slab) -> Result<Work>) -> Result<()> {
+        if let Some(sum) = &mut self.sum
+            && let Place::Here(slab, _) = std::mem::replace(sum, Place::Lost)
+        {
+            *sum = Place::Away(submit(slab)?, None);
         }
         Ok(())
     }
 
-    /// The bucket's memory, while it holds no gradient: for parameters on their way to all ranks.
-    pub(super) fn memory(&mut self, rank: usize) -> Result<&mut Slab> {
-        self.here(rank)
+    /// Wait until the sum is back, and scale it.
+    pub(super) fn land_sum(&mut self, rank: usize, factor: f64) -> Result<()> {
+        if let Some(sum) = &mut self.sum {
+            sum.settle()?;
+        }
+        self.scale(rank, factor)
+    }
+
+    /// Multiply what an optimizer reads.
+    pub(super) fn scale(&mut self, rank: usize, factor: f64) -> Result<()> {
+        match self.reduced_mut() {
+            Some(span) => {
+                kernels::scale(span, factor).map_err(Error::kernel(rank, "scale gradients"))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Add the squares of what this rank holds.
+    pub(super) fn add_squares(&self, rank: usize, bins: &mut SquareBins) -> Result<()> {
+        match self.reduced(0..self.own.len()) {
+            Some(span) => bins.add(span).map_err(Error::kernel(rank, "take a norm")),
+            None => Ok(()),
+        }
+    }
+
+    /// The reduction is over: say whether any rank had a gradient for `entry`.
+    pub(super) fn set_used(&mut self, entry: usize, used: bool) {
+        let adds = self.plan.axis.shards_update() || self.sum.is_some();
+        self.held[entry] = used || (adds && self.held[entry]);
+        // A replicated gradient that was averaged is what the next micro-batch is added to.
+        self.filled[entry] = used && !adds;
+        self.used[entry] = false;
+    }
+
+    /// The whole was handed over for reduction: it holds nothing of this rank's any more.
+    pub(super) fn spend(&mut self) {
+        self.filled.fill(false);
+    }
+
+    /// There is no reduction: what arrived is what an optimizer reads.
+    pub(super) fn hold_filled(&mut self) {
+        self.held.copy_from_slice(&self.filled);
     }
 
     /// Forget all gradients.
     pub(super) fn clear(&mut self) {
         self.filled.fill(false);
-        if let Some(shard) = &mut self.shard {
-            shard.held.fill(false);
-        }
+        self.used.fill(false);
+        self.held.fill(false);
+        self.summing = false;
     }
 
     /// The gradient at `place` in the bucket, of entry `entry`, if there is one that an optimizer can read.
     pub(super) fn piece(&self, entry: usize, place: Range<usize>) -> Option<Span<'_>> {
-        match (&self.shard, &self.place) {
-            _ if !self.is_held(entry) => None,
-            (Some(shard), _) => {
-                let start = shard.own.start;
-                Some(shard.sum.part(place.start - start..place.end - start))
-            }
-            (None, Place::Here(slab)) => Some(slab.part(place)),
-            (None, _) => None,
-        }
+        let start = self.own.start;
+        self.reduced(place.start - start..place.end - start)
+            .filter(|_| self.held[entry])
     }
 
     /// The same, to change.
     pub(super) fn piece_mut(&mut self, entry: usize, place: Range<usize>) -> Option<SpanMut<'_>> {
-        match (&mut self.shard, &mut self.place) {
-            (Some(shard), _) if shard.held[entry] => {
-                let start = shard.own.start;
-                Some(shard.sum.part_mut(place.start - start..place.end - start))
+        if !self.held[entry] {
+            return None;
+        }
+        let start = self.own.start;
+        let span = self.reduced_mut()?;
+        Some(span.into_slice(place.start - start..place.end - start))
+    }
+
+    /// Elements `range` of this rank's own, reduced.
+    fn reduced(&self, range: Range<usize>) -> Option<Span<'_>> {
+        let start = self.own.start;
+        match (&self.sum, &self.whole) {
+            (Some(Place::Here(sum, _)), _) => Some(sum.part(range)),
+            (None, Place::Here(whole, _)) => {
+                Some(whole.part(start + range.start..start + range.end))
             }
-            (None, Place::Here(slab)) if self.filled[entry] => Some(slab.part_mut(place)),
             _ => None,
         }
     }
 
-    /// The gradient of entry `entry`, if it holds one.
-    pub(super) fn grad(&self, entry: usize) -> Option<Span<'_>> {
-        match (&self.place, self.filled[entry] && self.shard.is_none()) {
-            (Place::Here(slab), true) => {
-                Some(slab.part(self.plan.layout.entries()[entry].1.clone()))
-            }
+    fn reduced_mut(&mut self) -> Option<SpanMut<'_>> {
+        let own = self.own.clone();
+        match (&mut self.sum, &mut self.whole) {
+            (Some(Place::Here(sum, _)), _) => Some(sum.part_mut(0..own.len())),
+            (None, Place::Here(whole, _)) => Some(whole.part_mut(own)),
             _ => None,
         }
     }
 
     fn here(&mut self, rank: usize) -> Result<&mut Slab> {
-        match &mut self.place {
-            Place::Here(slab) => Ok(slab),
-            Place::Away(_) => Err(Error::model(
+        match &mut self.whole {
+            Place::Here(slab, _) => Ok(slab),
+            Place::Away(..) => Err(Error::model(
                 rank,
                 "a gradient became ready while its bucket is being reduced",
                 "Call fabric.backward once for each loss, and let it return before the next",
             )),
-            Place::Lost => Err(Error::model(
-                rank,
-                "the gradients were lost with a failed reduction",
-                "See the first error; a job continues from its last checkpoint",
-            )),
+            Place::Nowhere | Place::Lost => Err(lost(rank)),
         }
     }
+}
+
+impl Place {
+    /// Wait until the memory is back.
+    fn settle(&mut self) -> Result<()> {
+        match std::mem::replace(self, Self::Lost) {
+            Self::Away(work, rest) => {
+                *self = Self::Here(work.wait()?.into_output(), rest);
+                Ok(())
+            }
+            _ => unreachable!("only what was launched lands"),
+        }
+    }
+}
+
+fn lost(rank: usize) -> Error {
+    Error::model(
+        rank,
+        "the gradients were lost with a failed reduction",
+        "See the first error; a job continues from its last checkpoint",
+    )
 }

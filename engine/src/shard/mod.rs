@@ -3,15 +3,24 @@
 //! `Communicator`, never a wire.
 
 pub mod bucket;
+pub mod groups;
 pub mod layout;
+pub mod mains;
+pub mod mesh;
 pub mod placement;
 pub mod plan;
+pub mod pool;
 pub mod replicate;
 pub mod sequencer;
+mod units;
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use crate::comm::{Aborter, Communicator, Rank, trace::Trace};
+use crate::{
+    buffer::Buffer,
+    comm::{Aborter, Communicator, Rank, trace::Trace},
+    error::Result,
+};
 
 /// A parameter's position in the model's registration order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -84,6 +93,33 @@ impl ParamMeta {
     pub fn numel(&self) -> usize {
         self.shape.iter().product()
     }
+}
+
+/// How the engine reaches a model's parameters.
+pub trait Parameters: Send + Sync {
+    /// Call `f` with the memory of one parameter.
+    ///
+    /// # Errors
+    /// What `f` returns, or the library's refusal.
+    fn with(&self, param: ParamId, f: &mut dyn FnMut(&mut dyn Buffer) -> Result<()>) -> Result<()>;
+
+    /// Give a parameter its first values, where that was deferred.
+    ///
+    /// # Errors
+    /// The library's refusal.
+    fn initialize(&self, param: ParamId) -> Result<()>;
+
+    /// Give a parameter memory; what is in it is undefined. Nothing, when it has memory.
+    ///
+    /// # Errors
+    /// The library's refusal.
+    fn acquire(&self, param: ParamId) -> Result<()>;
+
+    /// Give up a parameter's memory. Nothing, when it has none.
+    ///
+    /// # Errors
+    /// When the library cannot do it.
+    fn release(&self, param: ParamId) -> Result<()>;
 }
 
 /// A communicator that several models and the user's own calls share. What never changes is known without the lock,

@@ -1,5 +1,5 @@
-//! Strategies as data: where parameters, gradients and optimizer state stand, and which collective carries a tensor
-//! from one placement to another.
+//! Strategies as data: where parameters, gradients and optimizer state stand on each axis of the mesh, and which
+//! collective carries a tensor from one placement to another.
 
 use crate::comm::ReduceOp;
 
@@ -42,11 +42,9 @@ pub fn transition(from: Placement, to: Placement) -> Transition {
     }
 }
 
-/// A strategy.
+/// The three placements along one mesh axis.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Row {
-    /// Its name, as users write it.
-    pub name: &'static str,
+pub struct Axis {
     /// Where parameters stand between steps.
     pub param: Placement,
     /// Where gradients stand between micro-batches.
@@ -55,37 +53,122 @@ pub struct Row {
     pub optim: Placement,
 }
 
+const MEAN: Placement = Placement::Partial(ReduceOp::Avg);
+
+impl Axis {
+    /// Nothing is distributed: one rank.
+    pub const ALONE: Self = Self {
+        param: Placement::Replicate,
+        grad: Placement::Replicate,
+        optim: Placement::Replicate,
+    };
+    /// Everything is replicated; gradients are averaged once.
+    pub const REPLICATE: Self = Self {
+        param: Placement::Replicate,
+        grad: MEAN,
+        optim: Placement::Replicate,
+    };
+    /// Each rank updates a slice.
+    pub const SHARD_OPTIM: Self = Self {
+        param: Placement::Replicate,
+        grad: MEAN,
+        optim: Placement::Shard,
+    };
+    /// Each rank keeps the gradients of a slice, and updates it.
+    pub const SHARD_GRAD: Self = Self {
+        param: Placement::Replicate,
+        grad: Placement::Shard,
+        optim: Placement::Shard,
+    };
+    /// Each rank keeps a slice of everything.
+    pub const SHARD_PARAM: Self = Self {
+        param: Placement::Shard,
+        grad: Placement::Shard,
+        optim: Placement::Shard,
+    };
+
+    /// Whether each rank updates a slice of its own.
+    pub fn shards_update(&self) -> bool {
+        self.optim == Placement::Shard
+    }
+
+    /// Whether parameters are in slices between their uses.
+    pub fn shards_param(&self) -> bool {
+        self.param == Placement::Shard
+    }
+
+    /// Whether every micro-batch reduces its gradients, because only slices of them are kept.
+    pub fn reduces_each(&self) -> bool {
+        self.grad == Placement::Shard
+    }
+
+    /// What turns the gradients that one rank's backward makes into what the optimizer reads.
+    pub fn reduction(&self) -> Transition {
+        match self.grad {
+            Placement::Replicate => Transition::Local,
+            Placement::Partial(_) => transition(self.grad, self.optim),
+            Placement::Shard => transition(MEAN, Placement::Shard),
+        }
+    }
+
+    /// What brings updated parameters back to where they stand between steps.
+    pub fn after_step(&self) -> Transition {
+        transition(self.optim, self.param)
+    }
+}
+
+/// A strategy.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Row {
+    /// Its name, as users write it.
+    pub name: &'static str,
+    /// The placements among ranks that share the work of one replica.
+    pub shard: Axis,
+    /// Where there are several replicas, each of several ranks: the placements among the ranks that hold the same slice.
+    pub replica: Option<Axis>,
+}
+
 /// One device: nothing moves.
-pub const SINGLE: Row = Row {
-    name: "single",
-    param: Placement::Replicate,
-    grad: Placement::Replicate,
-    optim: Placement::Replicate,
-};
+pub const SINGLE: Row = Row::one("single", Axis::ALONE);
 
 /// Distributed data parallelism: gradients are averaged, everything is replicated.
-pub const DDP: Row = Row {
-    name: "ddp",
-    param: Placement::Replicate,
-    grad: Placement::Partial(ReduceOp::Avg),
-    optim: Placement::Replicate,
-};
+pub const DDP: Row = Row::one("ddp", Axis::REPLICATE);
 
 /// ZeRO stage 1 (Rajbhandari et al. 2020): optimizer state, and so the update, is sharded; parameters are replicated.
-pub const ZERO1: Row = Row {
-    name: "zero1",
-    param: Placement::Replicate,
-    grad: Placement::Partial(ReduceOp::Avg),
-    optim: Placement::Shard,
+pub const ZERO1: Row = Row::one("zero1", Axis::SHARD_OPTIM);
+
+/// ZeRO stage 2: gradients are sharded too, and reduced in every micro-batch.
+pub const ZERO2: Row = Row::one("zero2", Axis::SHARD_GRAD);
+
+/// ZeRO stage 3, fully sharded data parallelism (Zhao et al. 2023): parameters are gathered for each unit's use.
+pub const FSDP: Row = Row::one("fsdp", Axis::SHARD_PARAM);
+
+/// Sharded within groups of ranks, replicated across them (Zhao et al. 2023, section 3.2.2).
+pub const HSDP: Row = Row {
+    name: "hsdp",
+    shard: Axis::SHARD_PARAM,
+    replica: Some(Axis::REPLICATE),
 };
 
 /// All rows that can be run.
-pub const ROWS: [Row; 3] = [SINGLE, DDP, ZERO1];
+pub const ROWS: [Row; 6] = [SINGLE, DDP, ZERO1, ZERO2, FSDP, HSDP];
 
 /// Other names for rows.
-const ALIASES: [(&str, Row); 1] = [("deepspeed_stage_1", ZERO1)];
+const ALIASES: [(&str, Row); 3] = [
+    ("deepspeed_stage_1", ZERO1),
+    ("deepspeed_stage_2", ZERO2),
+    ("deepspeed_stage_3", FSDP),
+];
 
 impl Row {
+    const fn one(name: &'static str, shard: Axis) -> Self {
+        Self {
+            name,
+            shard,
+            replica: None,
+        }
+    }
+
     /// The row called `name` (in any case), or that has it as another name.
     pub fn named(name: &str) -> Option<Self> {
         let aliases = ALIASES.into_iter();
@@ -93,21 +176,6 @@ impl Row {
             .map(|row| (row.name, row))
             .chain(aliases)
             .find_map(|(known, row)| known.eq_ignore_ascii_case(name).then_some(row))
-    }
-
-    /// Whether each rank updates a slice of its own.
-    pub fn shards_update(&self) -> bool {
-        self.optim == Placement::Shard
-    }
-
-    /// What brings updated parameters back to where they stand between steps.
-    pub fn after_step(&self) -> Transition {
-        transition(self.optim, self.param)
-    }
-
-    /// What turns a gradient as it stands after the last micro-batch into what the optimizer reads.
-    pub fn reduction(&self) -> Transition {
-        transition(self.grad, self.optim)
     }
 }
 
@@ -117,20 +185,32 @@ mod tests {
 
     #[test]
     fn rows_reduce_as_the_table_says() {
-        assert_eq!(SINGLE.reduction(), Transition::Local);
-        assert_eq!(DDP.reduction(), Transition::AllReduce(ReduceOp::Avg));
-        assert_eq!(ZERO1.reduction(), Transition::ReduceScatter(ReduceOp::Avg));
-        let after = [SINGLE, DDP, ZERO1].map(|row| row.after_step());
+        use Transition::{AllGather, AllReduce, Local, ReduceScatter};
+        let mean = ReduceOp::Avg;
+        let reductions = ROWS.map(|row| row.shard.reduction());
         assert_eq!(
-            after,
-            [Transition::Local, Transition::Local, Transition::AllGather]
+            reductions,
+            [
+                Local,
+                AllReduce(mean),
+                ReduceScatter(mean),
+                ReduceScatter(mean),
+                ReduceScatter(mean),
+                ReduceScatter(mean)
+            ]
         );
+        let after = ROWS.map(|row| row.shard.after_step());
+        assert_eq!(after, [Local, Local, AllGather, AllGather, Local, Local]);
+        let replicas = HSDP.replica.unwrap();
+        assert_eq!(replicas.reduction(), AllReduce(mean));
+        assert_eq!(replicas.after_step(), Local);
     }
 
     #[test]
     fn a_row_is_found_by_its_name_in_any_case() {
         assert_eq!(Row::named("DDP"), Some(DDP));
         assert_eq!(Row::named("DeepSpeed_stage_1"), Some(ZERO1));
+        assert_eq!(Row::named("deepspeed_stage_3"), Some(FSDP));
         assert_eq!(Row::named("dpp"), None);
     }
 

@@ -1,19 +1,15 @@
-//! The start of a replicated model: all ranks prove that they hold the same plan, then take rank 0's parameters.
+//! The start of a model: all ranks prove that they hold the same plan, then take rank 0's parameters, or their slices of
+//! them.
 
 use fabric_kernels::Dtype;
 
-use super::{ParamId, SharedComm, layout::Layout, plan::Plan};
+use super::{ParamId, Parameters, SharedComm, layout::Layout, mains::Mains, plan::Plan};
 use crate::{
-    buffer::{Buffer, Slab},
     comm::{Call, Collectives, Data, Label, Op},
     error::{Error, Result},
 };
 
 const GROUP_BYTES: usize = 25 << 20; // parameters sent in one broadcast
-
-/// How a parameter is reached: calls back with its buffer.
-pub type WithParam<'a> =
-    dyn FnMut(ParamId, &mut dyn FnMut(&mut dyn Buffer) -> Result<()>) -> Result<()> + 'a;
 
 /// Compare the plans of all ranks.
 ///
@@ -61,45 +57,71 @@ fn lines(text: &str) -> impl Iterator<Item = &str> {
     ))
 }
 
-/// Give every rank rank 0's parameters, frozen ones too.
+/// Give every rank rank 0's parameters, frozen ones too: whole, or its slice of them, which it keeps in `mains`. Where
+/// initialisation was deferred, no rank holds more of the model than that, and the parameters of one broadcast.
 ///
 /// # Errors
 /// When a rank is gone, or a parameter refuses to be read or written.
-pub fn broadcast(plan: &Plan, comm: &SharedComm, with: &mut WithParam<'_>) -> Result<()> {
-    let mut comm = comm.lock();
+pub fn distribute(
+    plan: &Plan,
+    comm: &SharedComm,
+    mains: &Mains,
+    params: &dyn Parameters,
+) -> Result<()> {
     for (index, (dtype, layout)) in groups(plan).into_iter().enumerate() {
-        let mut slab = comm.alloc(dtype, layout.numel())?;
+        let members = || layout.entries().iter().map(|(param, _)| *param);
         if comm.rank() == 0 {
-            each(&layout, &mut slab, with, &mut |buffer, slab, range| {
-                buffer.read(0..range.len(), slab.part_mut(range))
-            })?;
+            members().try_for_each(|param| params.initialize(param))?;
+        } else {
+            members().try_for_each(|param| params.acquire(param))?;
         }
-        let call = Call::new(Op::Broadcast { root: 0 })
-            .label(Label::Params(index as u32))
-            .blocking();
-        let mut slab = comm
-            .submit(call, Data::InPlace(slab))?
-            .wait()?
-            .into_output();
-        if comm.rank() != 0 {
-            each(&layout, &mut slab, with, &mut |buffer, slab, range| {
-                buffer.write(0..range.len(), slab.part(range))
-            })?;
+        if comm.size() > 1 {
+            broadcast(index as u32, dtype, &layout, comm, params)?;
+        }
+        for param in members() {
+            let Some((bucket, entry)) = plan.place(param) else {
+                continue;
+            };
+            if let Some(piece) = plan.part(bucket, entry, comm.rank()) {
+                mains.load(plan, &piece, params)?;
+            }
+            if plan.buckets()[bucket].axis.shards_param() {
+                params.release(param)?;
+            }
         }
     }
     Ok(())
 }
 
-type Visit<'a> = dyn FnMut(&mut dyn Buffer, &mut Slab, std::ops::Range<usize>) -> Result<()> + 'a;
-
-fn each(
+fn broadcast(
+    index: u32,
+    dtype: Dtype,
     layout: &Layout,
-    slab: &mut Slab,
-    with: &mut WithParam<'_>,
-    visit: &mut Visit<'_>,
+    comm: &SharedComm,
+    params: &dyn Parameters,
 ) -> Result<()> {
-    for (param, range) in layout.entries() {
-        with(*param, &mut |buffer| visit(buffer, slab, range.clone()))?;
+    let mut comm = comm.lock();
+    let mut slab = comm.alloc(dtype, layout.numel())?;
+    if comm.rank() == 0 {
+        for (param, range) in layout.entries() {
+            params.with(*param, &mut |buffer| {
+                buffer.read(0..range.len(), slab.part_mut(range.clone()))
+            })?;
+        }
+    }
+    let call = Call::new(Op::Broadcast { root: 0 })
+        .label(Label::Params(index))
+        .blocking();
+    let slab = comm
+        .submit(call, Data::InPlace(slab))?
+        .wait()?
+        .into_output();
+    if comm.rank() != 0 {
+        for (param, range) in layout.entries() {
+            params.with(*param, &mut |buffer| {
+                buffer.write(0..range.len(), slab.part(range.clone()))
+            })?;
+        }
     }
     Ok(())
 }

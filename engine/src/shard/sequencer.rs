@@ -1,18 +1,24 @@
-//! What happens to gradients, in order: they become ready, buckets fill and leave in plan order while backward goes on,
-//! and at the end everything is waited for and the ranks compare which parameters were used.
+//! What happens to a model's tensors, in order: units come and go with the passes, gradients become ready, buckets fill and
+//! leave in plan order while backward goes on; at the end everything is waited for and the ranks compare which parameters
+//! were used; after the update parameters return to where they stand.
 
-use fabric_kernels::{Dtype, Span, SpanMut};
+use std::sync::Arc;
+
+use fabric_kernels::{Dtype, Span, SpanMut, SquareBins};
 
 use super::{
-    ParamId, SharedComm,
-    bucket::Bucket,
+    Edge, ParamId, Parameters, SharedComm, UnitId,
+    bucket::{Bucket, Memory},
+    groups::Groups,
+    mains::Mains,
     plan::{Piece, Plan},
-    replicate::WithParam,
+    pool::{Pool, Rest},
+    units::{Pass, Units},
 };
 use crate::{
     buffer::{Buffer, Slab},
     comm::{
-        Data, ReduceOp, Work,
+        Data, Work,
         trace::{Event, Trace},
     },
     error::{Error, Result},
@@ -39,11 +45,18 @@ pub struct Unused {
 /// Runs a plan, step after step.
 pub struct Sequencer {
     plan: Plan,
-    comm: SharedComm,
+    groups: Groups,
+    params: Arc<dyn Parameters>,
+    mains: Arc<Mains>,
     rank: usize,
     world: usize,
     buckets: Vec<Bucket>,
+    blocks: Pool, // lent to buckets that keep slices only
+    units: Units,
     word: Option<Slab>, // the control word's memory; away while it is reduced
+    squares: Option<SquareBins>, // of the gradients as they are, where the control word brought them
+    factor: f64,                 // what gradients are still to be multiplied by
+    is_mean: bool,               // sums over replicas are complete, and scaled
     phase: Phase,
     touched: bool,
     failed: Option<Error>,
@@ -56,36 +69,93 @@ enum Phase {
     Backward { sync: bool, launched: usize },
 }
 
+/// The parameters of a model that keeps them whole: nothing of theirs is ever asked for.
+struct Untouched;
+
+impl Parameters for Untouched {
+    fn with(&self, _: ParamId, _: &mut dyn FnMut(&mut dyn Buffer) -> Result<()>) -> Result<()> {
+        Err(Error::argument(
+            "this sequencer was made for gradients alone",
+            "Make it with Sequencer::for_model",
+        ))
+    }
+    fn initialize(&self, _: ParamId) -> Result<()> {
+        Ok(())
+    }
+    fn acquire(&self, _: ParamId) -> Result<()> {
+        Ok(())
+    }
+    fn release(&self, _: ParamId) -> Result<()> {
+        Ok(())
+    }
+}
+
 impl Sequencer {
-    /// A sequencer for `plan` over `comm`. The ranks' plans must agree (see [`super::replicate::agree`]).
+    /// A sequencer for the gradients of `plan` over `comm`. The ranks' plans must agree (see [`super::replicate::agree`]).
     ///
     /// # Errors
     /// When there is no memory for the gradients.
     pub fn new(plan: Plan, comm: SharedComm) -> Result<Self> {
-        let guard = comm.lock();
-        let buckets = plan
-            .buckets()
-            .iter()
-            .map(|bucket| {
-                let slab = guard.alloc(bucket.dtype, bucket.padded)?;
-                let shards = plan.row().shards_update();
-                let own = shards.then(|| bucket.slice(guard.rank(), guard.size()));
-                Ok(Bucket::new(bucket.clone(), slab, own))
+        Self::for_model(plan, Groups::flat(comm), Arc::new(Untouched))
+    }
+
+    /// A sequencer for the gradients of `plan` and the parameters behind `params`.
+    ///
+    /// # Errors
+    /// When there is no memory for the gradients.
+    pub fn for_model(plan: Plan, groups: Groups, params: Arc<dyn Parameters>) -> Result<Self> {
+        let rank = groups.world.rank();
+        let buckets = (0..plan.buckets().len())
+            .map(|index| {
+                let memory = Self::memory(&plan, &groups, index)?;
+                let own = plan.own(index, rank);
+                Ok(Bucket::new(plan.buckets()[index].clone(), own, memory))
             })
             .collect::<Result<Vec<_>>>()?;
-        drop(guard);
-        let (rank, world, trace) = (comm.rank(), comm.size(), comm.trace());
+        let (block_bytes, blocks) = plan.reduce_blocks();
+        let (world, trace) = (groups.world.size(), groups.world.trace());
         Ok(Self {
+            mains: Arc::new(Mains::new(&plan, rank)),
+            blocks: Pool::new(groups.reduce.clone(), block_bytes, blocks)?,
+            units: Units::new(&plan, groups.gather.clone(), groups.regather.clone())?,
             plan,
-            comm,
+            groups,
+            params,
             rank,
             world,
             buckets,
             word: None,
+            squares: None,
+            factor: 1.0,
+            is_mean: false,
             phase: Phase::Idle,
             touched: false,
             failed: None,
             trace,
+        })
+    }
+
+    /// What bucket `index` keeps its gradients in.
+    fn memory(plan: &Plan, groups: &Groups, index: usize) -> Result<Memory> {
+        let bucket = &plan.buckets()[index];
+        if !bucket.trainable {
+            return Ok(Memory::Nothing);
+        }
+        let whole = || groups.reduce.lock().alloc(bucket.dtype, bucket.padded);
+        let sum = || {
+            let numel = plan.own(index, groups.world.rank()).len();
+            let dtype = bucket.dtype.accumulator();
+            match &groups.replica {
+                Some(replica) => replica.lock().alloc(dtype, numel),
+                None => Ok(Slab::zeroed(dtype, numel)),
+            }
+        };
+        Ok(if plan.reduces_each(index) {
+            Memory::Sum(sum()?)
+        } else if plan.has_replicas() {
+            Memory::WholeAndSum(whole()?, sum()?)
+        } else {
+            Memory::Whole(whole()?)
         })
     }
 
@@ -94,9 +164,58 @@ impl Sequencer {
         &self.plan
     }
 
+    /// The communicators.
+    pub fn groups(&self) -> &Groups {
+        &self.groups
+    }
+
+    /// The values that are updated, where the model does not hold them.
+    pub fn mains(&self) -> Arc<Mains> {
+        self.mains.clone()
+    }
+
     /// This rank.
     pub fn rank(&self) -> usize {
         self.rank
+    }
+
+    /// A pass crosses the border of a unit. On entrance its parameters are brought here.
+    ///
+    /// # Errors
+    /// When a rank is gone, or the library refuses. The error is also kept, for [`Sequencer::finish`].
+    pub fn unit(&mut self, unit: UnitId, edge: Edge) -> Result<()> {
+        let result = self.cross(unit, edge);
+        self.keep(&result);
+        result
+    }
+
+    fn cross(&mut self, unit: UnitId, edge: Edge) -> Result<()> {
+        self.check()?;
+        if unit.0 >= self.plan.units().len() {
+            return Err(self.error(
+                &format!("unit {} of {}", unit.0, self.plan.units().len()),
+                "Number the units as Model::units lists them",
+            ));
+        }
+        let (plan, mains, params) = (&self.plan, &self.mains, &*self.params);
+        match edge {
+            Edge::ForwardEnter => {
+                let last = UnitId(plan.units().len() - 1);
+                if unit != last && self.phase == Phase::Idle {
+                    // It waited for a backward that did not come.
+                    self.units.leave_backward(last, plan, params)?;
+                }
+                self.units.enter(unit, Pass::Forward, plan, mains, params)
+            }
+            Edge::ForwardLeave => self.units.leave_forward(unit, plan, params),
+            Edge::BackwardEnter => self.units.enter(unit, Pass::Backward, plan, mains, params),
+            Edge::BackwardLeave => self.leave_backward(unit),
+        }
+    }
+
+    /// A unit's backward is over: its memory is free, unless it is to stay.
+    fn leave_backward(&mut self, unit: UnitId) -> Result<()> {
+        self.units.leave_backward(unit, &self.plan, &*self.params)
     }
 
     /// A backward begins; `sync`: it is the last micro-batch, its end makes the gradients whole.
@@ -111,10 +230,21 @@ impl Sequencer {
                 "Call fabric.backward once for each loss",
             ));
         }
-        self.buckets.iter_mut().for_each(Bucket::begin);
+        self.apply_scale()?;
+        if std::mem::take(&mut self.is_mean) {
+            // A mean stands for every rank's share of the sum that is taken next.
+            let factor = self.plan.mesh().shards as f64;
+            for bucket in self.buckets.iter_mut().filter(|bucket| bucket.holds()) {
+                bucket.scale(self.rank, factor)?;
+            }
+        }
+        for bucket in &mut self.buckets {
+            bucket.begin(self.rank)?;
+        }
+        self.squares = None;
         self.touched = false;
         self.phase = Phase::Backward {
-            sync: sync && self.plan.reduction().is_some(),
+            sync: sync && self.plan.reduces(),
             launched: 0,
         };
         self.trace.note(Event::Backward { sync });
@@ -128,9 +258,7 @@ impl Sequencer {
     /// or when a reduction failed. The error is also kept, for [`Sequencer::finish`].
     pub fn ready(&mut self, param: ParamId, grad: &dyn Buffer) -> Result<Keep> {
         let result = self.take(param, grad);
-        if let (Err(error), None) = (&result, &self.failed) {
-            self.failed = Some(error.clone());
-        }
+        self.keep(&result);
         result
     }
 
@@ -147,13 +275,13 @@ impl Sequencer {
             ));
         };
         let (name, numel) = (&meta.name, meta.numel());
-        let Phase::Backward { sync, .. } = self.phase else {
+        if self.phase == Phase::Idle {
             return Err(self.error(
                 &format!("the gradient of '{name}' became ready outside fabric.backward"),
                 "Call fabric.backward(loss) instead of the library's own backward",
             ));
-        };
-        let Some((bucket, entry)) = self.plan.place(param) else {
+        }
+        let Some((bucket, entry)) = self.plan.grad_place(param) else {
             return Ok(Keep::Keep);
         };
         if self.buckets[bucket].has(entry) {
@@ -174,45 +302,71 @@ impl Sequencer {
         }
         self.trace.note(Event::Ready { param: param.0 });
         self.touched = true;
+        if self.buckets[bucket].wants_memory() {
+            let memory = self.borrow_block(bucket)?;
+            self.buckets[bucket].lend(memory);
+        }
         self.buckets[bucket].take(self.rank, entry, grad)?;
-        if sync {
-            self.launch_full()?;
+        self.launch_full()?;
+        if let Some(unit) = self.plan.buckets()[bucket].unit
+            && self.units.is_here(unit)
+            && self.is_done(unit)
+        {
+            self.leave_backward(unit)?;
         }
         Ok(Keep::Drop)
+    }
+
+    /// Whether all gradients of a unit have arrived.
+    fn is_done(&self, unit: UnitId) -> bool {
+        let buckets = self.units.buckets(unit);
+        buckets.iter().all(|index| self.buckets[*index].is_full())
+    }
+
+    /// Memory for the gradients of bucket `index`: a free block, or that of the reduction that was launched first.
+    fn borrow_block(&mut self, index: usize) -> Result<(Slab, Rest)> {
+        if !self.blocks.has_free()
+            && let Some(oldest) = self.buckets.iter_mut().find(|bucket| bucket.is_away())
+        {
+            oldest.land(self.rank, &mut self.blocks)?;
+        }
+        let bucket = &self.plan.buckets()[index];
+        self.blocks.take(bucket.dtype, bucket.padded)
+    }
+
+    /// Whether this backward reduces bucket `index`.
+    fn launches(&self, index: usize) -> bool {
+        let sync = matches!(self.phase, Phase::Backward { sync: true, .. });
+        self.plan.reduce_call(index).is_some() && (sync || self.plan.reduces_each(index))
     }
 
     /// Launch every full bucket whose predecessors are all launched: the order of the plan, whatever the order of
     /// readiness, because all ranks must submit alike.
     fn launch_full(&mut self) -> Result<()> {
-        while let Phase::Backward {
-            sync: true,
-            launched,
-        } = self.phase
+        while let Phase::Backward { launched, .. } = self.phase
+            && launched < self.buckets.len()
+            && (!self.launches(launched) || self.buckets[launched].is_full())
         {
-            if self
-                .buckets
-                .get(launched)
-                .is_none_or(|bucket| !bucket.is_full())
-            {
-                break;
-            }
             self.launch(launched)?;
         }
         Ok(())
     }
 
+    /// Launch bucket `index`, the next in order, if this backward reduces it.
     fn launch(&mut self, index: usize) -> Result<()> {
-        let Some(op) = self.plan.reduction() else {
-            return Ok(());
-        };
-        let call = self.plan.bucket_call(index, op);
-        self.buckets[index].fill_gaps(self.rank)?;
-        let mut comm = self.comm.lock();
-        self.buckets[index].launch(self.rank, |slab| comm.submit(call, Data::InPlace(slab)))?;
-        self.phase = Phase::Backward {
-            sync: true,
-            launched: index + 1,
-        };
+        if let (true, Some(call)) = (self.launches(index), self.plan.reduce_call(index)) {
+            if self.buckets[index].wants_memory() {
+                let memory = self.borrow_block(index)?;
+                self.buckets[index].lend(memory);
+            }
+            self.buckets[index].fill_gaps(self.rank)?;
+            let mut comm = self.groups.reduce.lock();
+            self.buckets[index].launch(self.rank, |slab| comm.submit(call, Data::InPlace(slab)))?;
+            self.buckets[index].spend();
+        }
+        if let Phase::Backward { launched, .. } = &mut self.phase {
+            *launched = index + 1;
+        }
         Ok(())
     }
 
@@ -247,9 +401,7 @@ impl Sequencer {
             None => self.complete(),
         };
         self.phase = Phase::Idle;
-        if let Err(error) = &result {
-            self.failed = Some(error.clone());
-        }
+        self.keep(&result);
         result
     }
 
@@ -257,57 +409,166 @@ impl Sequencer {
         let Phase::Backward { sync, launched } = self.phase else {
             return Err(self.error("the end of a backward that never began", "Call begin first"));
         };
-        if !sync {
-            return Ok(None);
-        }
         for index in launched..self.buckets.len() {
             self.launch(index)?;
         }
-        let rank = self.rank;
-        self.buckets
-            .iter_mut()
-            .try_for_each(|bucket| bucket.land(rank))?;
-        self.compare_use().map(Some)
+        for bucket in self.buckets.iter_mut().filter(|bucket| bucket.is_away()) {
+            bucket.land(self.rank, &mut self.blocks)?;
+        }
+        self.units.finish(&self.plan, &*self.params)?;
+        if !sync {
+            // Replicated gradients may be looked at before they are averaged.
+            let buckets = self.buckets.iter_mut().zip(self.plan.buckets());
+            buckets
+                .filter(|(_, plan)| !plan.axis.shards_update() && !self.plan.has_replicas())
+                .for_each(|(bucket, _)| bucket.hold_filled());
+            return Ok(None);
+        }
+        self.add_replicas()?;
+        self.compare().map(Some)
     }
 
-    /// The control word: how many ranks hold a gradient for each parameter.
-    fn compare_use(&mut self) -> Result<Unused> {
-        let mut comm = self.comm.lock();
+    /// Add up the sums of all replicas, and take the mean.
+    fn add_replicas(&mut self) -> Result<()> {
+        let Some(replica) = &self.groups.replica else {
+            return Ok(());
+        };
+        let mut comm = replica.lock();
+        for (index, bucket) in self.buckets.iter_mut().enumerate() {
+            if let Some(call) = self.plan.replica_call(index) {
+                bucket.launch_sum(|slab| comm.submit(call, Data::InPlace(slab)))?;
+            }
+        }
+        drop(comm);
+        for (index, bucket) in self.buckets.iter_mut().enumerate() {
+            if self.plan.replica_call(index).is_some() {
+                bucket.land_sum(self.rank, 1.0 / self.world as f64)?;
+            }
+        }
+        self.is_mean = true;
+        Ok(())
+    }
+
+    /// The control word: how many ranks had a gradient for each parameter, and the squares of the gradients that this
+    /// rank alone answers for.
+    fn compare(&mut self) -> Result<Unused> {
+        let (dtype, numel) = self.plan.control_word();
+        let mut comm = self.groups.world.lock();
         let mut word = match self.word.take() {
             Some(word) => word,
-            None => comm.alloc(Dtype::I32, self.plan.params().len())?,
+            None => comm.alloc(dtype, numel)?,
         };
-        for (param, used) in word.as_mut_slice::<i32>().iter_mut().enumerate() {
-            let place = self.plan.place(ParamId(param));
-            *used = place
-                .is_some_and(|(bucket, entry)| self.buckets[bucket].is_filled(entry))
-                .into();
+        let count = self.plan.params().len();
+        let is_used = |param: usize| {
+            let place = self.plan.grad_place(ParamId(param));
+            place.is_some_and(|(bucket, entry)| self.buckets[bucket].is_used(entry))
+        };
+        match dtype {
+            Dtype::I64 => {
+                let word = word.as_mut_slice::<i64>();
+                for (param, used) in word[..count].iter_mut().enumerate() {
+                    *used = is_used(param).into();
+                }
+                word[count..].copy_from_slice(&self.own_squares()?.words());
+            }
+            _ => {
+                let word = word.as_mut_slice::<i32>();
+                for (param, used) in word.iter_mut().enumerate() {
+                    *used = is_used(param).into();
+                }
+            }
         }
         let word = comm
             .submit(self.plan.control_call(), Data::InPlace(word))
             .and_then(Work::wait)?
             .into_output();
         drop(comm);
+        let ranks = |param: usize| match dtype {
+            Dtype::I64 => word.as_slice::<i64>()[param] as usize,
+            _ => word.as_slice::<i32>()[param] as usize,
+        };
         let mut unused = Unused::default();
-        for (param, used) in word.as_slice::<i32>().iter().enumerate() {
-            let Some((bucket, entry)) = self.plan.place(ParamId(param)) else {
+        for param in 0..count {
+            let Some((bucket, entry)) = self.plan.grad_place(ParamId(param)) else {
                 continue;
             };
-            self.buckets[bucket].set_used(entry, *used > 0);
-            if *used == 0 {
+            let ranks = ranks(param);
+            self.buckets[bucket].set_used(entry, ranks > 0);
+            if ranks == 0 {
                 unused.everywhere.push(ParamId(param));
-            } else if (*used as usize) < self.world {
+            } else if ranks < self.world {
                 unused.somewhere.push(ParamId(param));
             }
+        }
+        if dtype == Dtype::I64 {
+            let words = word.as_slice::<i64>()[count..].try_into();
+            self.squares = words.ok().map(SquareBins::from_words);
         }
         self.word = Some(word);
         Ok(unused)
     }
 
+    /// The squares of the gradients that this rank answers for. Those that nobody used are zeros here.
+    fn own_squares(&self) -> Result<SquareBins> {
+        let mut bins = SquareBins::new();
+        for (index, bucket) in self.buckets.iter().enumerate() {
+            if self.plan.buckets()[index].trainable && self.answers_for(index) {
+                bucket.add_squares(self.rank, &mut bins)?;
+            }
+        }
+        Ok(bins)
+    }
+
+    /// The squares of all gradients, added exactly: of those that the last synchronised backward left, unless something
+    /// has changed them since. All ranks get the same; where ranks hold different gradients and the control word did not
+    /// bring the sum, all must ask.
+    ///
+    /// # Errors
+    /// When a rank is gone.
+    pub fn squares(&self) -> Result<SquareBins> {
+        if let Some(squares) = &self.squares {
+            return Ok(squares.clone());
+        }
+        if !self.plan.shards_norm() {
+            return self.held_squares(|_| true);
+        }
+        let mut words = self
+            .held_squares(|index| self.answers_for(index))?
+            .words()
+            .to_vec();
+        crate::comm::Collectives::all_reduce(
+            &mut **self.groups.world.lock(),
+            &mut words,
+            crate::comm::ReduceOp::Sum,
+        )?;
+        let words = words.try_into().expect("as many words as were sent");
+        Ok(SquareBins::from_words(&words))
+    }
+
+    fn held_squares(&self, counts: impl Fn(usize) -> bool) -> Result<SquareBins> {
+        let mut bins = SquareBins::new();
+        for piece in self.plan.pieces(self.rank) {
+            if let Some(grad) = self.piece(&piece).filter(|_| counts(piece.bucket)) {
+                bins.add(grad)
+                    .map_err(Error::kernel(self.rank, "take a norm"))?;
+            }
+        }
+        Ok(bins)
+    }
+
+    /// Whether this rank counts the gradients of bucket `index`: its slices in the first replica, and, on rank 0, what all
+    /// ranks hold alike.
+    fn answers_for(&self, index: usize) -> bool {
+        match self.plan.buckets()[index].axis.shards_update() {
+            true => self.plan.mesh().replica(self.rank) == 0,
+            false => self.rank == 0,
+        }
+    }
+
     /// Parameters without a gradient on this rank: what a strategy without reductions can say by itself.
     pub fn unfilled(&self) -> Vec<ParamId> {
         let places = (0..self.plan.params().len())
-            .map(|param| (ParamId(param), self.plan.place(ParamId(param))));
+            .map(|param| (ParamId(param), self.plan.grad_place(ParamId(param))));
         let empty = |place: Option<(usize, usize)>| {
             place.is_some_and(|(bucket, entry)| !self.buckets[bucket].is_held(entry))
         };
@@ -317,82 +578,158 @@ impl Sequencer {
             .collect()
     }
 
-    /// The gradient of `param`, in the reduce dtype; `None` when it has none.
-    pub fn grad(&self, param: ParamId) -> Option<Span<'_>> {
-        let (bucket, entry) = self.plan.place(param)?;
-        self.buckets[bucket].grad(entry)
+    /// What every gradient is still to be multiplied by.
+    pub fn factor(&self) -> f64 {
+        self.factor
     }
 
-    /// The gradient of a piece that this rank updates, in the reduce dtype; `None` when its parameter has none.
+    /// Multiply all gradients by `factor`: whoever reads them does it, in the same pass.
+    pub fn multiply(&mut self, factor: f64) {
+        self.factor *= factor;
+    }
+
+    /// Do now what [`Sequencer::multiply`] put off.
+    ///
+    /// # Errors
+    /// When the arithmetic refuses.
+    pub fn apply_scale(&mut self) -> Result<()> {
+        let factor = std::mem::replace(&mut self.factor, 1.0);
+        if factor == 1.0 {
+            return Ok(());
+        }
+        self.squares = None;
+        let mut held = self.buckets.iter_mut().filter(|bucket| bucket.holds());
+        held.try_for_each(|bucket| bucket.scale(self.rank, factor))
+    }
+
+    /// The gradient of `param`, in the reduce dtype and before [`Sequencer::factor`]; `None` when it has none, or this rank
+    /// holds a part of it only.
+    pub fn grad(&self, param: ParamId) -> Option<Span<'_>> {
+        let (bucket, entry) = self.plan.grad_place(param)?;
+        let place = self.plan.buckets()[bucket].layout.entries()[entry]
+            .1
+            .clone();
+        let own = self.plan.own(bucket, self.rank);
+        let inside = own.start <= place.start && place.end <= own.end;
+        if !inside || self.plan.buckets()[bucket].axis.shards_update() {
+            return None;
+        }
+        self.buckets[bucket].piece(entry, place)
+    }
+
+    /// The gradient of a piece that this rank updates, in the reduce dtype and before [`Sequencer::factor`]; `None` when its
+    /// parameter has none.
     pub fn piece(&self, piece: &Piece) -> Option<Span<'_>> {
-        let (bucket, entry) = self.plan.place(piece.param)?;
+        let (bucket, entry) = self.plan.grad_place(piece.param)?;
         self.buckets[bucket].piece(entry, piece.place.clone())
     }
 
     /// The same, to change (to clip it, say).
     pub fn piece_mut(&mut self, piece: &Piece) -> Option<SpanMut<'_>> {
-        let (bucket, entry) = self.plan.place(piece.param)?;
+        self.squares = None;
+        let (bucket, entry) = self.plan.grad_place(piece.param)?;
         self.buckets[bucket].piece_mut(entry, piece.place.clone())
     }
 
-    /// After an update of pieces: bring every rank's to all, where each updates its own. `with` reaches the parameters.
+    /// After an update of pieces: parameters return to where they stand between steps. Where each rank updates its own,
+    /// every rank's go to all; what was gathered for a unit is stale.
     ///
     /// # Errors
     /// When a rank is gone, or a parameter refuses to be read or written.
-    pub fn gather(&mut self, with: &mut WithParam<'_>) -> Result<()> {
+    pub fn step(&mut self) -> Result<()> {
         self.check()?;
-        let result = self.gather_buckets(with);
-        if let Err(error) = &result {
-            self.failed.get_or_insert(error.clone());
-        }
+        let result = self.spread();
+        self.keep(&result);
         result
     }
 
-    /// The buckets' memory is free between the end of a backward and the next: parameters travel in it. The next bucket is
-    /// filled while the last one travels.
-    fn gather_buckets(&mut self, with: &mut WithParam<'_>) -> Result<()> {
-        let pieces = self.plan.pieces(self.rank);
-        let mut before = None;
-        for index in 0..self.buckets.len() {
-            let Some(call) = self.plan.gather_call(index) else {
-                return Ok(());
-            };
-            let slab = self.buckets[index].memory(self.rank)?;
-            for piece in pieces.iter().filter(|piece| piece.bucket == index) {
-                with(piece.param, &mut |buffer| {
-                    buffer.read(piece.range.clone(), slab.part_mut(piece.place.clone()))
-                })?;
-            }
-            let mut comm = self.comm.lock();
-            self.buckets[index].launch(self.rank, |slab| comm.submit(call, Data::InPlace(slab)))?;
-            drop(comm);
-            if let Some(before) = before.replace(index) {
-                self.scatter(before, with)?;
+    /// After the main values were changed by other means than an update that rewrites the model's copies: rewrite them, on
+    /// all ranks.
+    ///
+    /// # Errors
+    /// As [`Sequencer::step`].
+    pub fn refresh(&mut self) -> Result<()> {
+        self.check()?;
+        for (index, bucket) in self.plan.buckets().iter().enumerate() {
+            if bucket.has_main() && !bucket.axis.shards_param() {
+                for piece in self.plan.cut(index, self.rank) {
+                    self.mains.store(&self.plan, &piece, &*self.params)?;
+                }
             }
         }
-        before.map_or(Ok(()), |last| self.scatter(last, with))
+        self.step()
+    }
+
+    fn spread(&mut self) -> Result<()> {
+        self.units.renew(&self.plan, &*self.params)?;
+        let mut before = None;
+        for index in 0..self.buckets.len() {
+            let Some(call) = self.plan.after_step_call(index) else {
+                continue;
+            };
+            let shape = &self.plan.buckets()[index];
+            let (mut slab, rest) = self.units.pool().take(shape.param_dtype, shape.padded)?;
+            if shape.has_main() {
+                self.mains.copy_into(&self.plan, index, &mut slab)?;
+            } else {
+                for piece in self.plan.cut(index, self.rank) {
+                    self.params.with(piece.param, &mut |buffer| {
+                        buffer.read(piece.range.clone(), slab.part_mut(piece.place.clone()))
+                    })?;
+                }
+            }
+            let work = self
+                .groups
+                .gather
+                .lock()
+                .submit(call, Data::InPlace(slab))?;
+            // The next bucket is filled while the last one travels.
+            if let Some(last) = before.replace((index, work, rest)) {
+                self.arrive(last)?;
+            }
+        }
+        before.map_or(Ok(()), |last| self.arrive(last))
     }
 
     /// Write a gathered bucket's parameters.
-    fn scatter(&mut self, index: usize, with: &mut WithParam<'_>) -> Result<()> {
-        self.buckets[index].settle()?;
-        let slab = self.buckets[index].memory(self.rank)?;
+    fn arrive(&mut self, (index, work, rest): (usize, Work, Rest)) -> Result<()> {
+        let slab = work.wait()?.into_output();
         for (param, range) in self.plan.buckets()[index].layout.entries() {
-            with(*param, &mut |buffer| {
+            self.params.with(*param, &mut |buffer| {
                 buffer.write(0..range.len(), slab.part(range.clone()))
             })?;
         }
+        self.units.pool().give(slab, rest);
         Ok(())
     }
 
     /// Forget all gradients.
     pub fn zero_grad(&mut self) {
         self.buckets.iter_mut().for_each(Bucket::clear);
+        self.squares = None;
+        self.factor = 1.0;
+        self.is_mean = false;
     }
 
-    /// The reduction that a synchronised backward applies, if any.
-    pub fn reduction(&self) -> Option<ReduceOp> {
-        self.plan.reduction()
+    /// Whether a synchronised backward reduces anything.
+    pub fn reduces(&self) -> bool {
+        self.plan.reduces()
+    }
+
+    /// How many units were whole at once, at most, so far.
+    pub fn most_whole_units(&self) -> usize {
+        self.units.most_whole()
+    }
+
+    /// How many blocks are lent in turn: to parameters that travel, and to gradients.
+    pub fn blocks(&mut self) -> (usize, usize) {
+        (self.units.pool().blocks(), self.blocks.blocks())
+    }
+
+    fn keep<T>(&mut self, result: &Result<T>) {
+        if let Err(error) = result {
+            self.failed.get_or_insert_with(|| error.clone());
+        }
     }
 
     fn check(&self) -> Result<()> {

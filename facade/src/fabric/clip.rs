@@ -1,13 +1,13 @@
 //! Clipping gradients: by their norm, or by value. Where all ranks hold all gradients they clip alike without a word; where
-//! each holds pieces they add their bins. The squares are added exactly, so that no cut changes the norm's bits.
+//! each holds pieces the control word has brought the sum of their squares. Scaling is left to whoever reads the gradients
+//! next, who does it in the same pass.
 
 use std::ops::Range;
 
 use fabric_engine::{
-    buffer::Slab,
     comm::{Collectives, ReduceOp},
-    kernels::{self, Span, SpanMut, SquareBins},
-    shard::{SharedComm, plan::Piece, sequencer::Sequencer},
+    kernels::{self, Span, SpanMut},
+    shard::sequencer::Sequencer,
 };
 
 use super::Fabric;
@@ -51,11 +51,11 @@ impl Fabric {
         clip: Clip,
     ) -> Result<Option<f64>> {
         let mut sequencer = module.core.sequencer();
-        let pieces = sequencer.plan().pieces(sequencer.rank());
         match clip {
             Clip::Value(limit) => {
-                for piece in &pieces {
-                    if let Some(grad) = sequencer.piece_mut(piece) {
+                sequencer.apply_scale()?;
+                for piece in sequencer.plan().pieces(sequencer.rank()) {
+                    if let Some(grad) = sequencer.piece_mut(&piece) {
                         kernels::clamp(grad, limit)?;
                     }
                 }
@@ -68,9 +68,10 @@ impl Fabric {
                         "Give a positive norm, and the order 2.0 or f64::INFINITY",
                     ));
                 }
-                let sharded = module.core.shards.is_some();
-                let comm = sharded.then_some(&module.core.comm);
-                let norm = total_norm(&sequencer, &pieces, order, comm)?;
+                let norm = match order {
+                    2.0 => sequencer.squares()?.norm(),
+                    _ => largest(&sequencer)?,
+                } * sequencer.factor();
                 if !norm.is_finite() {
                     return Err(mistake(
                         self.global_rank(),
@@ -82,11 +83,7 @@ impl Fabric {
                 // torch's rule: the 1e-6 keeps the result below the limit.
                 let factor = max / (norm + 1e-6);
                 if factor < 1.0 {
-                    for piece in &pieces {
-                        if let Some(grad) = sequencer.piece_mut(piece) {
-                            scale(grad, factor)?;
-                        }
-                    }
+                    sequencer.multiply(factor);
                 }
                 Ok(Some(norm))
             }
@@ -99,36 +96,20 @@ fn chunks(numel: usize) -> impl Iterator<Item = Range<usize>> {
     starts.map(move |start| start..numel.min(start + CHUNK_ELEMS))
 }
 
-/// The norm over all gradients; over `comm`, when each rank holds its own pieces.
-fn total_norm(
-    sequencer: &Sequencer,
-    pieces: &[Piece],
-    order: f64,
-    comm: Option<&SharedComm>,
-) -> Result<f64> {
-    let grads = || pieces.iter().filter_map(|piece| sequencer.piece(piece));
-    if order == 2.0 {
-        let mut bins = SquareBins::new();
-        grads().try_for_each(|grad| bins.add(grad))?;
-        if let Some(comm) = comm {
-            let mut words = bins.words().to_vec();
-            comm.lock().all_reduce(&mut words, ReduceOp::Sum)?;
-            let words = words.try_into().expect("as many words as were sent");
-            bins = SquareBins::from_words(&words);
-        }
-        return Ok(bins.norm());
+/// The largest magnitude among all gradients, on all ranks.
+fn largest(sequencer: &Sequencer) -> Result<f64> {
+    let pieces = sequencer.plan().pieces(sequencer.rank());
+    let mut grads = pieces.iter().filter_map(|piece| sequencer.piece(piece));
+    let mut word = vec![grads.try_fold(0f64, |total, grad| largest_of(grad, total))?];
+    if sequencer.plan().updates_pieces() {
+        let mut comm = sequencer.groups().world.lock();
+        comm.all_reduce(&mut word, ReduceOp::Max)?;
     }
-    let mut total = grads().try_fold(0f64, |total, grad| largest(grad, total))?;
-    if let Some(comm) = comm {
-        let mut word = vec![total];
-        comm.lock().all_reduce(&mut word, ReduceOp::Max)?;
-        total = word[0];
-    }
-    Ok(total)
+    Ok(word[0])
 }
 
 /// The largest of `floor` and the elements' magnitudes; NaN when one is NaN.
-fn largest(grad: Span<'_>, floor: f64) -> Result<f64> {
+fn largest_of(grad: Span<'_>, floor: f64) -> Result<f64> {
     let (mut total, mut copy) = (floor, [0f64; CHUNK_ELEMS]);
     for range in chunks(grad.len()) {
         let copy = &mut copy[..range.len()];
@@ -144,15 +125,4 @@ fn largest(grad: Span<'_>, floor: f64) -> Result<f64> {
         }
     }
     Ok(total)
-}
-
-fn scale(mut grad: SpanMut<'_>, factor: f64) -> Result<()> {
-    let mut copy = Slab::zeroed(grad.dtype(), grad.len().min(CHUNK_ELEMS));
-    for range in chunks(grad.len()) {
-        let part = 0..range.len();
-        let mut grad = grad.slice(range);
-        kernels::cast(grad.as_span(), copy.part_mut(part.clone()))?;
-        kernels::cast_scaled(copy.part(part), grad.reborrow(), factor)?;
-    }
-    Ok(())
 }

@@ -293,7 +293,11 @@ impl Fabric {
     /// # Errors
     /// Before launch.
     pub fn spent(&self) -> Result<Spent> {
-        Ok(self.comm()?.lock().spent())
+        let mut spent = self.comm()?.lock().spent();
+        for core in lock(&self.inner.models).iter() {
+            spent += core.sequencer().groups().spent();
+        }
+        Ok(spent)
     }
 
     /// The record of gradients and collectives.

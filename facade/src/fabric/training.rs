@@ -5,8 +5,9 @@ use std::sync::Arc;
 use fabric_engine::{
     Error as EngineError, Result as EngineResult,
     shard::{
+        groups::Groups,
         plan::Plan,
-        replicate::{agree, broadcast},
+        replicate::{agree, distribute},
         sequencer::{Sequencer, Unused},
     },
 };
@@ -15,7 +16,7 @@ use super::{Fabric, lock};
 use crate::{
     data::{DataLoader, Dataset},
     error::Result,
-    model::{Backward, Core, FabricModule, Gradients, Model, Reporter, mistake},
+    model::{Backward, Core, FabricModule, Gradients, Model, Reach, Reporter, mistake},
     optim::{Optimizer, OptimizerState},
     shards::{cut_state, gather_state},
 };
@@ -35,6 +36,9 @@ impl<O: Optimizer> FabricOptimizer<O> {
     pub fn step(&mut self) -> Result<()> {
         let (model, optimizer) = (&self.core.model, &mut self.optimizer);
         let mut sequencer = self.core.sequencer();
+        if !optimizer.scales() {
+            sequencer.apply_scale()?;
+        }
         match &self.core.shards {
             None => optimizer.step(&**model, &Gradients::whole(&sequencer))?,
             Some(shards) => {
@@ -45,7 +49,7 @@ impl<O: Optimizer> FabricOptimizer<O> {
                     self.core.comm.aborter().abort(error.to_string());
                     return Err(error.into());
                 }
-                sequencer.gather(&mut |param, f| model.with(param, f))?;
+                sequencer.step()?;
             }
         }
         drop(sequencer);
@@ -130,19 +134,18 @@ impl Fabric {
     pub fn setup_module<M: Model>(&self, model: M) -> Result<FabricModule<M>> {
         let comm = self.comm()?;
         let row = self.inner.resolved.strategy;
-        let params = model.params().to_vec();
-        let plan = Plan::new(row, self.world_size(), params, &self.inner.options)?;
+        let (params, units) = (model.params().to_vec(), model.units().to_vec());
+        let plan = Plan::with_units(row, self.world_size(), params, units, &self.inner.options)?;
         if self.world_size() > 1 {
             agree(&plan, &comm)?;
-            broadcast(&plan, &comm, &mut |param, f| model.with(param, f))?;
         }
-        let predictions = {
-            let comm = comm.lock();
-            [plan.predict(&**comm), plan.predict_step(&**comm)]
-        };
+        let groups = Groups::connect(comm.clone(), &plan)?;
+        let forecast = plan.forecast(&groups);
         let model = Arc::new(model);
-        let sequencer = Sequencer::new(plan, comm.clone())?;
-        let core = Arc::new(Core::new(model.clone(), sequencer, comm, predictions));
+        let reach = Arc::new(Reach(model.clone()));
+        let sequencer = Sequencer::for_model(plan, groups, reach.clone())?;
+        distribute(sequencer.plan(), &comm, &sequencer.mains(), &*reach)?;
+        let core = Arc::new(Core::new(model.clone(), sequencer, comm, forecast));
         model.attach(Arc::new(Reporter::new(&core)));
         lock(&self.inner.models).push(core.clone());
         Ok(FabricModule::new(model, core))
@@ -229,7 +232,7 @@ impl Fabric {
         // A hook's own words come before those that a library wraps around them.
         let kept = cores.iter().find_map(|core| core.sequencer().failure());
         let error = kept.unwrap_or(error);
-        let reduces = |core: &Arc<Core>| core.syncs() && core.sequencer().reduction().is_some();
+        let reduces = |core: &Arc<Core>| core.syncs() && core.sequencer().reduces();
         if !cores.iter().any(reduces) {
             cores.iter().for_each(|core| core.sequencer().cancel());
             return error;

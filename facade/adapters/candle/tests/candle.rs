@@ -133,7 +133,7 @@ fn ranks(count: usize) -> Result<Fabric> {
     let buckets = plan::Options {
         bucket_bytes: 512,
         first_bucket_bytes: 128,
-        reduce_dtype: None,
+        ..plan::Options::default()
     };
     Fabric::builder().devices(count).buckets(buckets).build()
 }

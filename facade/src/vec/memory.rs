@@ -1,0 +1,46 @@
+//! The memory of a parameter that comes and goes.
+
+use std::sync::{Mutex, PoisonError};
+
+use fabric_engine::kernels::Element;
+
+use super::Init;
+
+/// What a parameter has at present.
+pub(super) enum Slot<T> {
+    /// Its values.
+    Here(Vec<T>),
+    /// Nothing yet.
+    Deferred(Init<T>),
+    /// Nothing: its values are kept elsewhere.
+    Away,
+}
+
+/// Vectors that were released, to be taken again: units of one shape take turns with one another's memory, so that a
+/// steady state allocates nothing, and there are never more than were in use at once.
+pub(super) struct Spare<T>(Mutex<Vec<Vec<T>>>);
+
+impl<T> Default for Spare<T> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<T: Element> Spare<T> {
+    pub(super) fn give(&self, values: Vec<T>) {
+        self.lock().push(values);
+    }
+
+    /// A vector of `numel` elements; what is in it is undefined.
+    pub(super) fn take(&self, numel: usize) -> Vec<T> {
+        let mut spare = self.lock();
+        match spare.iter().position(|values| values.len() == numel) {
+            Some(index) => spare.swap_remove(index),
+            None => vec![T::zeroed(); numel],
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Vec<T>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

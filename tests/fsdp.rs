@@ -1,0 +1,353 @@
+//! Sharded gradients and parameters do what replicated ones do, to the bit. Method: the same training under every row,
+//! compared with one device that is given the gradients which the canonical tree makes of all ranks'.
+
+use fabric::{
+    Clip, Fabric, Result,
+    engine::shard::plan::{Accumulate, Options, Reshard},
+    model::{Backward, Model, ParamId},
+    optim::{AdamW, Sgd},
+};
+
+use crate::blocks::{backward, chain, model, read, sample, uses_extra};
+
+const STEPS: usize = 20;
+
+fn fabric(strategy: &str, world: usize, options: &Options) -> Fabric {
+    Fabric::builder()
+        .devices(world)
+        .strategy(strategy)
+        .buckets(options.clone())
+        .build()
+        .unwrap()
+}
+
+/// When gradients are added over ranks.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Moment {
+    /// After the last micro-batch.
+    Last,
+    /// In each micro-batch.
+    Each,
+    /// In each within groups of this many ranks, then over groups.
+    Groups(usize),
+}
+
+type Grads = Vec<Option<Vec<f32>>>;
+
+fn add(left: Grads, right: Grads) -> Grads {
+    let sum = |(left, right): (Option<Vec<f32>>, Option<Vec<f32>>)| match (left, right) {
+        (Some(left), Some(right)) => Some(left.iter().zip(&right).map(|(a, b)| a + b).collect()),
+        (one, other) => one.or(other),
+    };
+    left.into_iter().zip(right).map(sum).collect()
+}
+
+/// The canonical tree: neighbours, then neighbours of those.
+fn tree(mut leaves: Vec<Grads>) -> Grads {
+    while leaves.len() > 1 {
+        let mut next = Vec::new();
+        let mut rest = leaves.into_iter();
+        while let Some(left) = rest.next() {
+            next.push(match rest.next() {
+                Some(right) => add(left, right),
+                None => left,
+            });
+        }
+        leaves = next;
+    }
+    leaves.remove(0)
+}
+
+fn mean(grads: Grads, world: usize) -> Grads {
+    let factor = (1.0 / world as f64) as f32;
+    let scale = |grad: Vec<f32>| grad.into_iter().map(|x| x * factor).collect();
+    grads.into_iter().map(|grad| grad.map(scale)).collect()
+}
+
+/// Collects what a backward reports.
+struct Collect(std::sync::Mutex<Grads>);
+
+impl fabric::model::Events for Collect {
+    fn ready(
+        &self,
+        param: ParamId,
+        grad: &dyn fabric::engine::buffer::Buffer,
+    ) -> fabric::engine::Result<fabric::model::Keep> {
+        let mut copy = vec![0f32; grad.numel()];
+        grad.read(
+            0..grad.numel(),
+            fabric::engine::kernels::SpanMut::of(&mut copy),
+        )?;
+        self.0.lock().unwrap()[param.0] = Some(copy);
+        Ok(fabric::model::Keep::Drop)
+    }
+    fn unit(&self, _: fabric::model::UnitId, _: fabric::model::Edge) -> fabric::engine::Result<()> {
+        Ok(())
+    }
+}
+
+/// What one rank's backward gives, by a model of its own with the values of `twin`.
+fn gradients(values: &[Vec<f32>], rank: usize, step: usize, batch: usize) -> Grads {
+    let model = model();
+    for (index, values) in values.iter().enumerate() {
+        model.acquire(ParamId(index)).unwrap();
+        let span = fabric::engine::kernels::Span::of(values);
+        model
+            .with(ParamId(index), &mut |buffer| {
+                buffer.write(0..span.len(), span)
+            })
+            .unwrap();
+    }
+    let collect = std::sync::Arc::new(Collect(vec![None; values.len()].into()));
+    model.attach(collect.clone());
+    let chain = chain(&model, uses_extra(rank));
+    let (input, target) = sample(rank, step, batch);
+    let pass = chain.forward(&model, input).unwrap();
+    let error = pass
+        .output()
+        .iter()
+        .zip(&target)
+        .map(|(y, t)| y - t)
+        .collect();
+    pass.loss(error).backward(1.0).unwrap();
+    collect.0.lock().unwrap().clone()
+}
+
+/// The parameters' bits after training on one device with the gradients of `world` ranks.
+fn oracle(world: usize, batches: usize, moment: Moment, clip: Option<Clip>) -> Vec<u32> {
+    fabric("single", 1, &Options::default())
+        .launch(|fabric| {
+            let (model, mut optimizer) =
+                fabric.setup(model(), AdamW::new(0.02).weight_decay(0.1))?;
+            for step in 0..STEPS {
+                let values = (0..model.params().len())
+                    .map(|param| model.lent(&[ParamId(param)], |values| values[0].to_vec()))
+                    .collect::<Result<Vec<_>, _>>()?;
+                let leaf = |rank: usize, batch: usize| gradients(&values, rank, step, batch);
+                let sum_batches = |f: &dyn Fn(usize) -> Grads| {
+                    (1..batches).fold(f(0), |sum, batch| add(sum, f(batch)))
+                };
+                let total = match moment {
+                    Moment::Last => mean(
+                        tree(
+                            (0..world)
+                                .map(|rank| sum_batches(&|batch| leaf(rank, batch)))
+                                .collect(),
+                        ),
+                        world,
+                    ),
+                    Moment::Each => sum_batches(&|batch| {
+                        mean(
+                            tree((0..world).map(|rank| leaf(rank, batch)).collect()),
+                            world,
+                        )
+                    }),
+                    Moment::Groups(size) => {
+                        let group = |first: usize| {
+                            let ranks = first..first + size;
+                            sum_batches(&|batch| {
+                                tree(ranks.clone().map(|rank| leaf(rank, batch)).collect())
+                            })
+                        };
+                        mean(tree((0..world).step_by(size).map(group).collect()), world)
+                    }
+                };
+                fabric.backward(model.gradients(total))?;
+                if let Some(clip) = clip {
+                    fabric.clip_gradients(&model, clip)?;
+                }
+                optimizer.step()?;
+                optimizer.zero_grad();
+            }
+            read(&model)
+        })
+        .unwrap()
+        .unwrap()
+}
+
+/// The parameters' bits after training under a strategy; all ranks must have the same.
+fn train(
+    strategy: &str,
+    world: usize,
+    options: &Options,
+    batches: usize,
+    clip: Option<Clip>,
+) -> Vec<u32> {
+    let ranks = fabric(strategy, world, options)
+        .launch_threads(|fabric| {
+            let rank = fabric.global_rank();
+            let (model, mut optimizer) =
+                fabric.setup(model(), AdamW::new(0.02).weight_decay(0.1))?;
+            let chain = chain(&model, uses_extra(rank));
+            for step in 0..STEPS {
+                for batch in 0..batches {
+                    let last = batch + 1 == batches;
+                    fabric.no_backward_sync(&model, !last, || {
+                        backward(fabric, &model, &chain, rank, step, batch)
+                    })?;
+                }
+                if let Some(clip) = clip {
+                    fabric.clip_gradients(&model, clip)?;
+                }
+                optimizer.step()?;
+                optimizer.zero_grad();
+            }
+            read(&model)
+        })
+        .unwrap();
+    assert!(ranks.iter().all(|rank| *rank == ranks[0]), "ranks agree");
+    ranks.into_iter().next().unwrap()
+}
+
+fn small_buckets() -> Options {
+    Options {
+        bucket_bytes: 120,
+        first_bucket_bytes: 60,
+        ..Options::default()
+    }
+}
+
+#[test]
+fn every_row_ends_with_the_bits_of_one_device() {
+    for world in [1, 2, 3, 4, 8] {
+        for clip in [None, Some(Clip::norm(0.5))] {
+            let expected = oracle(world, 1, Moment::Each, clip);
+            for strategy in ["ddp", "zero1", "zero2", "fsdp"] {
+                let bits = train(strategy, world, &small_buckets(), 1, clip);
+                assert_eq!(bits, expected, "{strategy} on {world} ranks, {clip:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn groups_of_ranks_end_with_the_bits_of_one_device() {
+    for (world, group) in [(4, 2), (8, 2), (8, 4)] {
+        for (batches, moment) in [(1, Moment::Each), (3, Moment::Groups(group))] {
+            let clip = Some(Clip::norm(0.5));
+            let options = Options {
+                group: Some(group),
+                ..small_buckets()
+            };
+            let bits = train("hsdp", world, &options, batches, clip);
+            assert_eq!(
+                bits,
+                oracle(world, batches, moment, clip),
+                "groups of {group} in {world} ranks, {batches} micro-batches"
+            );
+        }
+    }
+}
+
+#[test]
+fn accumulated_micro_batches_end_with_the_bits_of_one_device_that_adds_them_at_the_same_moment() {
+    let keep = Options {
+        accumulate: Accumulate::Keep,
+        ..small_buckets()
+    };
+    for world in [1, 2, 3, 4, 8] {
+        let clip = Some(Clip::norm(0.5));
+        let last = oracle(world, 3, Moment::Last, clip);
+        for (strategy, options) in [
+            ("ddp", small_buckets()),
+            ("zero1", small_buckets()),
+            ("zero2", keep.clone()),
+            ("fsdp", keep.clone()),
+        ] {
+            let bits = train(strategy, world, &options, 3, clip);
+            assert_eq!(bits, last, "{strategy} on {world} ranks, reduced once");
+        }
+        let each = oracle(world, 3, Moment::Each, clip);
+        for strategy in ["zero2", "fsdp"] {
+            let bits = train(strategy, world, &small_buckets(), 3, clip);
+            assert_eq!(bits, each, "{strategy} on {world} ranks, reduced each time");
+        }
+    }
+}
+
+#[test]
+fn every_way_of_sharding_parameters_gives_the_same_bits() {
+    let world = 4;
+    let expected = oracle(world, 1, Moment::Each, None);
+    for reshard_after_forward in [
+        Reshard::Yes,
+        Reshard::No,
+        Reshard::Within(2),
+        Reshard::Within(1),
+    ] {
+        for (prefetch, replicate_below) in [(0, 0), (1, 7), (3, 0), (1, 1000)] {
+            let options = Options {
+                reshard_after_forward,
+                prefetch,
+                replicate_below,
+                ..small_buckets()
+            };
+            let bits = train("fsdp", world, &options, 1, None);
+            assert_eq!(bits, expected, "{options:?}");
+        }
+    }
+}
+
+#[test]
+fn what_each_part_of_a_step_costs_is_what_the_plan_says() {
+    let group = |group| Options {
+        group: Some(group),
+        ..small_buckets()
+    };
+    let within = Options {
+        reshard_after_forward: Reshard::Within(2),
+        ..small_buckets()
+    };
+    let stay = Options {
+        reshard_after_forward: Reshard::No,
+        ..small_buckets()
+    };
+    for (strategy, world, options) in [
+        ("ddp", 3, small_buckets()),
+        ("zero1", 3, small_buckets()),
+        ("zero2", 3, small_buckets()),
+        ("fsdp", 3, small_buckets()),
+        ("fsdp", 4, within),
+        ("fsdp", 2, stay),
+        ("hsdp", 4, group(2)),
+    ] {
+        fabric(strategy, world, &options)
+            .launch_threads(|fabric| {
+                let rank = fabric.global_rank();
+                let (model, mut optimizer) = fabric.setup(model(), Sgd::new(0.01))?;
+                let (chain, cost) = (chain(&model, uses_extra(rank)), model.forecast());
+                for step in 0..3 {
+                    for batch in 0..2 {
+                        let (input, target) = sample(rank, step, batch);
+                        let before = fabric.spent()?;
+                        let pass = chain.forward(&model, input)?;
+                        let forward = fabric.spent()?;
+                        let first = batch == 0 || options.reshard_after_forward != Reshard::No;
+                        if first {
+                            assert_eq!(forward - before, cost.forward, "{strategy}: forward");
+                        }
+                        let error = pass.output().iter().zip(&target).map(|(y, t)| y - t);
+                        let error = error.collect();
+                        fabric.no_backward_sync(&model, batch == 0, || {
+                            fabric.backward(pass.loss(error))
+                        })?;
+                        let due = match batch {
+                            0 => cost.backward,
+                            _ => cost.last_backward,
+                        };
+                        assert_eq!(
+                            fabric.spent()? - forward,
+                            due,
+                            "{strategy}: backward {batch}"
+                        );
+                    }
+                    let before = fabric.spent()?;
+                    optimizer.step()?;
+                    assert_eq!(fabric.spent()? - before, cost.step, "{strategy}: step");
+                    optimizer.zero_grad();
+                }
+                Ok(())
+            })
+            .unwrap();
+    }
+}
