@@ -13,6 +13,7 @@ use fabric_engine::{
     kernels::{Dtype, Span, SpanMut, cast},
     shard::{
         ParamId, ParamMeta, SharedComm,
+        groups::Groups,
         placement::DDP,
         plan::{Options, Plan},
         sequencer::Sequencer,
@@ -196,7 +197,7 @@ fn a_synchronised_backward_costs_what_the_plan_predicts() {
             for bucket_bytes in BUCKET_BYTES {
                 let plan = plan(world, bucket_bytes);
                 let buckets = plan.buckets().len() as u64;
-                let predicted = plan.predict(&**comm.lock());
+                let predicted = plan.forecast(&Groups::flat(comm.clone())).last_backward;
                 let mut sequencer = Sequencer::new(plan, comm.clone()).unwrap();
                 for _ in 0..2 {
                     let before = comm.lock().spent();
@@ -279,7 +280,7 @@ fn micro_batches_add_up_in_order_and_are_averaged_once() {
             let (rank, world) = (comm.rank(), comm.size());
             for bucket_bytes in [100, 25 << 20] {
                 let plan = plan(world, bucket_bytes);
-                let predicted = plan.predict(&**comm.lock());
+                let predicted = plan.forecast(&Groups::flat(comm.clone())).last_backward;
                 let mut sequencer = Sequencer::new(plan, comm.clone()).unwrap();
                 let before = comm.lock().spent();
                 for batch in 0..BATCHES - 1 {

@@ -351,3 +351,25 @@ fn what_each_part_of_a_step_costs_is_what_the_plan_says() {
             .unwrap();
     }
 }
+
+#[test]
+fn the_plan_says_what_will_happen() {
+    let texts = fabric("fsdp", 4, &small_buckets())
+        .launch_threads(|fabric| {
+            let link = fabric.measure_link()?;
+            assert!(link.is_some_and(|link| link.alpha_s > 0.0 && link.bytes_per_s > 0.0));
+            let model = fabric.setup_module(model())?;
+            Ok(model.explain(2, link))
+        })
+        .unwrap();
+    for fact in [
+        "fsdp on 4 ranks",
+        "185 parameters, 0 of them frozen, in 4 units",
+        "multiplied by 1/4 once",
+        "'block.0.scale' is used outside of 'block.0' too",
+        "Accumulate::Keep would reduce once",
+        "that nothing can hide",
+    ] {
+        assert!(texts[0].contains(fact), "{fact}: {}", texts[0]);
+    }
+}

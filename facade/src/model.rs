@@ -12,7 +12,7 @@ use std::{
 use fabric_engine::{
     Error as EngineError, Result as EngineResult,
     buffer::Buffer,
-    comm::Spent,
+    comm::{Link, Spent},
     kernels::{self, Span},
     shard::{
         Parameters, SharedComm,
@@ -158,6 +158,14 @@ impl<M: Model> FabricModule<M> {
     /// What the parts of a step cost this rank, predicted from the plan: collectives, messages and bytes sent.
     pub fn forecast(&self) -> Forecast {
         self.core.forecast
+    }
+
+    /// What will happen and what it costs: units, bytes a rank, collectives and bytes a step, types and the divisor.
+    /// `states`: the vectors that the optimizer keeps beside each parameter (AdamW 2); `link`: what the wire is like, from
+    /// [`crate::Fabric::measure_link`], for the time that no computation can hide.
+    pub fn explain(&self, states: usize, link: Option<Link>) -> String {
+        let sequencer = self.core.sequencer();
+        sequencer.plan().explain(&self.core.forecast, states, link)
     }
 
     /// What one synchronised backward costs this rank: part of [`FabricModule::forecast`].

@@ -3,6 +3,7 @@
 
 mod forms;
 pub mod host;
+mod link;
 pub mod solo;
 pub mod trace;
 
@@ -12,6 +13,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use fabric_kernels::{Dtype, Fold};
 
 pub use forms::Collectives;
+pub use link::Link;
 
 pub use crate::wire::frame::Label;
 use crate::{

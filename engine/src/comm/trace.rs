@@ -63,8 +63,13 @@ impl Trace {
     pub fn new(clock: Clock) -> Self {
         Self {
             clock,
-            records: Arc::default(),
+            records: Arc::new(Mutex::new(VecDeque::with_capacity(CAPACITY))),
         }
+    }
+
+    /// The clock by which things are noted.
+    pub fn clock(&self) -> Clock {
+        self.clock.clone()
     }
 
     /// Note that `event` happened now.

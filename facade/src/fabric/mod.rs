@@ -12,7 +12,7 @@ use std::sync::{
 };
 
 use fabric_engine::{
-    comm::{Aborter, Spent, trace::Trace},
+    comm::{Aborter, Link, Spent, trace::Trace},
     shard::{SharedComm, plan},
 };
 
@@ -298,6 +298,16 @@ impl Fabric {
             spent += core.sequencer().groups().spent();
         }
         Ok(spent)
+    }
+
+    /// Measure what the wire between the ranks is like; `None` for one rank. All ranks call this together.
+    ///
+    /// # Errors
+    /// Before launch, or when a rank is gone.
+    pub fn measure_link(&self) -> Result<Option<Link>> {
+        let comm = self.comm()?;
+        let clock = comm.trace().clock();
+        Ok(Link::measure(&mut **comm.lock(), &clock)?)
     }
 
     /// The record of gradients and collectives.

@@ -1,11 +1,78 @@
-//! What a plan costs, by the schedules alone.
+//! What a plan costs one rank on the wire: by the schedules of real communicators, or, where there are none yet, by what
+//! any algorithm must send.
+
+use fabric_kernels::Dtype;
 
 use super::{Plan, Reshard};
 use crate::{
-    comm::{Call, Communicator, Spent},
-    shard::{SharedComm, groups::Groups},
+    comm::{Call, Op, Spent},
+    shard::{groups::Groups, mesh::Mesh},
 };
-use fabric_kernels::Dtype;
+
+/// Among whom a collective runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Among {
+    /// All ranks.
+    World,
+    /// The ranks that reduce gradients into slices.
+    Reduce,
+    /// The ranks that gather parameters.
+    Gather,
+    /// The neighbours that gather them a second time.
+    Regather,
+    /// The ranks that hold the same slice.
+    Replica,
+}
+
+/// Whoever knows what a collective costs this rank.
+pub trait Prices {
+    /// What this rank sends for `call` on `numel` elements of `dtype` (of the full vector).
+    fn price(&self, among: Among, call: &Call, dtype: Dtype, numel: usize) -> Spent;
+}
+
+impl Prices for Groups {
+    fn price(&self, among: Among, call: &Call, dtype: Dtype, numel: usize) -> Spent {
+        let comm = match among {
+            Among::World => &self.world,
+            Among::Reduce => &self.reduce,
+            Among::Gather => &self.gather,
+            Among::Regather => self.regather.as_ref().unwrap_or(&self.gather),
+            Among::Replica => self.replica.as_ref().unwrap_or(&self.world),
+        };
+        comm.lock().price(call, dtype, numel)
+    }
+}
+
+/// What any algorithm must send: (n-1)/n of the vector to gather it or to reduce it into slices, twice that to do both
+/// (Patarasu & Yuan 2009), in the ring's number of messages.
+#[derive(Clone, Copy, Debug)]
+pub struct Least {
+    /// How the ranks stand.
+    pub mesh: Mesh,
+    /// The size of a group that gathers a second time.
+    pub near: usize,
+}
+
+impl Prices for Least {
+    fn price(&self, among: Among, call: &Call, dtype: Dtype, numel: usize) -> Spent {
+        let ranks = match among {
+            Among::World => self.mesh.world(),
+            Among::Reduce | Among::Gather => self.mesh.shards,
+            Among::Regather => self.near,
+            Among::Replica => self.mesh.replicas,
+        } as u64;
+        let passes = match call.op {
+            Op::AllReduce(_) => 2,
+            _ => 1,
+        };
+        let bytes = (numel * dtype.size()) as u64;
+        Spent {
+            collectives: 1,
+            messages: passes * (ranks - 1),
+            bytes: passes * (bytes - bytes / ranks),
+        }
+    }
+}
 
 /// What one rank sends, predicted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -18,82 +85,86 @@ pub struct Forecast {
     pub last_backward: Spent,
     /// After the update.
     pub step: Spent,
+    /// Of a step of one micro-batch, what has no computation beside it that could hide it: the first gather, the last
+    /// reduction, and all that follows. Without prefetch, every gather.
+    pub exposed: Spent,
 }
 
-fn price(comm: &SharedComm, call: &Call, dtype: Dtype, numel: usize) -> Spent {
-    comm.lock().price(call, dtype, numel)
+impl Forecast {
+    /// A step of `batches` micro-batches.
+    pub fn total(&self, batches: usize) -> Spent {
+        let mut total = self.last_backward;
+        total += self.step;
+        for batch in 0..batches {
+            total += self.forward;
+            if batch > 0 {
+                total += self.backward;
+            }
+        }
+        total
+    }
 }
 
 impl Plan {
-    /// What one synchronised backward will cost this rank on one communicator, parameters aside.
-    pub fn predict(&self, comm: &dyn Communicator) -> Spent {
-        let mut spent = Spent::default();
-        if self.reduces() {
-            for (index, bucket) in self.buckets().iter().enumerate() {
-                if let Some(call) = self.reduce_call(index) {
-                    spent += comm.price(&call, bucket.dtype, bucket.padded);
-                }
-            }
-            let (dtype, numel) = self.control_word();
-            spent += comm.price(&self.control_call(), dtype, numel);
-        }
-        spent
-    }
-
     /// What a step's parts will cost this rank.
-    pub fn forecast(&self, groups: &Groups) -> Forecast {
+    pub fn forecast(&self, prices: &dyn Prices) -> Forecast {
         let mut cost = Forecast::default();
-        let again = self.units_gathered_again();
+        let again = match self.options().reshard_after_forward {
+            Reshard::No => 0..0,
+            _ => 0..self.units().len().saturating_sub(1), // the last one is still there
+        };
+        let (mut first_gather, mut last_reduce) = (Spent::default(), Spent::default());
         for (index, bucket) in self.buckets().iter().enumerate() {
-            let gather = || {
-                price(
-                    &groups.gather,
-                    &self.gather_call(index),
-                    bucket.param_dtype,
-                    bucket.padded,
-                )
+            let gather = |among| {
+                let call = self.gather_call(index);
+                prices.price(among, &call, bucket.param_dtype, bucket.padded)
             };
-            if bucket.axis.shards_param() {
-                cost.forward += gather();
-                if bucket.unit.is_some_and(|unit| again.contains(&unit.0)) {
-                    let comm = groups.regather.as_ref().unwrap_or(&groups.gather);
-                    let gather = price(
-                        comm,
-                        &self.gather_call(index),
-                        bucket.param_dtype,
-                        bucket.padded,
-                    );
-                    cost.backward += gather;
-                    cost.last_backward += gather;
+            if let Some(unit) = bucket.unit {
+                let forward = gather(Among::Gather);
+                cost.forward += forward;
+                if unit.0 == 0 || self.options().prefetch == 0 {
+                    first_gather += forward;
+                }
+                if again.contains(&unit.0) {
+                    let among = match self.options().reshard_after_forward {
+                        Reshard::Within(_) => Among::Regather,
+                        _ => Among::Gather,
+                    };
+                    let backward = gather(among);
+                    cost.backward += backward;
+                    cost.last_backward += backward;
+                    if self.options().prefetch == 0 {
+                        first_gather += backward;
+                    }
                 }
             }
             if self.after_step_call(index).is_some() {
-                cost.step += gather();
+                cost.step += gather(Among::Gather);
             }
             if let Some(call) = self.reduce_call(index) {
-                let reduce = price(&groups.reduce, &call, bucket.dtype, bucket.padded);
+                let reduce = prices.price(Among::Reduce, &call, bucket.dtype, bucket.padded);
                 cost.last_backward += reduce;
+                last_reduce = reduce;
                 if self.reduces_each(index) {
                     cost.backward += reduce;
                 }
             }
-            if let (Some(call), Some(replica)) = (self.replica_call(index), &groups.replica) {
-                let numel = self.own(index, groups.world.rank()).len();
-                cost.last_backward += price(replica, &call, bucket.dtype.accumulator(), numel);
+            if let Some(call) = self.replica_call(index) {
+                let (dtype, numel) = (bucket.dtype.accumulator(), self.own(index, 0).len());
+                let replica = prices.price(Among::Replica, &call, dtype, numel);
+                cost.last_backward += replica;
+                cost.exposed += replica;
             }
         }
         if self.reduces() {
             let (dtype, numel) = self.control_word();
-            cost.last_backward += price(&groups.world, &self.control_call(), dtype, numel);
+            let word = prices.price(Among::World, &self.control_call(), dtype, numel);
+            cost.last_backward += word;
+            cost.exposed += word;
+        }
+        for part in [first_gather, last_reduce, cost.step] {
+            cost.exposed += part;
         }
         cost
-    }
-
-    /// The units that backward gathers a second time: the last one is still there.
-    fn units_gathered_again(&self) -> std::ops::Range<usize> {
-        match self.options().reshard_after_forward {
-            Reshard::No => 0..0,
-            _ => 0..self.units().len().saturating_sub(1),
-        }
     }
 }

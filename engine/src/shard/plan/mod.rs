@@ -4,8 +4,12 @@
 
 mod cost;
 mod cut;
+mod explain;
+mod memory;
 
-pub use cost::Forecast;
+pub use cost::{Among, Forecast, Least, Prices};
+pub use explain::{bytes_text, count_text};
+pub use memory::Footprint;
 
 use std::ops::Range;
 
