@@ -4,6 +4,7 @@ mod checkpoint;
 mod ddp;
 mod exhaustive;
 mod facade;
+mod optim;
 mod parity;
 mod process;
 mod puppet;

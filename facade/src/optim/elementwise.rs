@@ -251,3 +251,73 @@ pub(super) fn states(rule: &Rule) -> &'static [&'static str] {
         other => other.states(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+
+    use super::*;
+
+    fn elements<'a, 's>(
+        param: &'a mut [f32],
+        grad: &'a [f32],
+        states: &'a mut [SpanMut<'s>],
+        copy: &'a mut [bf16],
+    ) -> Elements<'a, 's> {
+        Elements {
+            name: "w",
+            step: 2,
+            grad_scale: 0.25,
+            param: SpanMut::of(param),
+            grad: Span::of(grad),
+            states,
+            copy: Some(SpanMut::of(copy)),
+        }
+    }
+
+    #[test]
+    fn gradients_are_scaled_in_the_pass_of_the_update_by_a_rule_and_by_a_closure() {
+        let sgd = kernels::Sgd {
+            lr: 0.5,
+            momentum: 0.5,
+            dampening: 0.0,
+            weight_decay: 0.0,
+            nesterov: false,
+            maximize: false,
+        };
+        for numel in [
+            0,
+            1,
+            CHUNK_ELEMS - 1,
+            CHUNK_ELEMS,
+            CHUNK_ELEMS + 1,
+            3 * CHUNK_ELEMS,
+        ] {
+            let grad: Vec<_> = (0..numel).map(|index| index as f32).collect();
+            let run = |update: &dyn Fn(Elements<'_, '_>) -> Result<()>| {
+                let (mut param, mut mean) = (vec![1f32; numel], vec![8f32; numel]);
+                let mut copy = vec![bf16::ZERO; numel];
+                let states = &mut [SpanMut::of(&mut mean)];
+                update(elements(&mut param, &grad, states, &mut copy)).unwrap();
+                (param, mean, copy)
+            };
+            let by_rule = run(&|elements| Rule::Sgd(sgd).update(elements));
+            let by_closure = run(&|elements| {
+                elements.each(|param, grad, [mean]| {
+                    *mean = 0.5 * *mean + grad;
+                    *param -= 0.5 * *mean;
+                })
+            });
+            assert_eq!(by_rule, by_closure);
+            let expected: Vec<_> = grad
+                .iter()
+                .map(|grad| 1.0 - 0.5 * (4.0 + grad / 4.0))
+                .collect();
+            let cast = expected.iter().map(|value| bf16::from_f32(*value));
+            assert_eq!(
+                (by_rule.0.clone(), by_rule.2),
+                (expected.clone(), cast.collect())
+            );
+        }
+    }
+}
