@@ -1,5 +1,5 @@
 //! The hyperparameters of Fabric's optimizers, with torch's names and defaults. The formulas are
-//! [`Rule`](fabric_engine::kernels::Rule)'s. A group's options are of these types.
+//! [`Rule`]'s. A group's options are of these types.
 
 use fabric_engine::{
     Result,
