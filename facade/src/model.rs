@@ -34,6 +34,16 @@ pub trait Model: Send + Sync + 'static {
     /// All parameters in registration order, frozen ones too. The same on all ranks, and always.
     fn params(&self) -> &[ParamMeta];
 
+    /// The parameters that [`Model::params`] are pieces of, the same on all ranks: themselves, where they are whole.
+    fn whole_params(&self) -> &[ParamMeta] {
+        self.params()
+    }
+
+    /// Which of [`Model::whole_params`] a parameter is a piece of.
+    fn whole(&self, param: ParamId) -> ParamId {
+        param
+    }
+
     /// Call `f` with the memory of one parameter.
     ///
     /// # Errors

@@ -1,11 +1,9 @@
 //! From what was asked for to what will be done: a pure function, in which every choice has its reason.
 
-use fabric_engine::{
-    kernels::Dtype,
-    shard::placement::{DDP, ROWS, Row, SINGLE},
-};
+use fabric_engine::shard::placement::{DDP, ROWS, Row, SINGLE};
 
 use crate::error::{Error, Result};
+pub use crate::precision::Precision;
 
 /// How many devices, or which.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
@@ -42,56 +40,6 @@ impl Devices {
     }
 }
 
-/// The type in which a model computes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Precision {
-    /// `32-true`: everything in f32.
-    F32,
-    /// `64-true`: everything in f64.
-    F64,
-}
-
-impl Precision {
-    const NAMES: [(&'static str, Self); 4] = [
-        ("32-true", Self::F32),
-        ("32", Self::F32),
-        ("64-true", Self::F64),
-        ("64", Self::F64),
-    ];
-
-    /// Read Fabric's name of a precision, in any case.
-    ///
-    /// # Errors
-    /// When it is unknown: lists the known.
-    pub fn parse(text: &str) -> Result<Self> {
-        let known = Self::NAMES
-            .iter()
-            .find(|(name, _)| name.eq_ignore_ascii_case(text.trim()));
-        known.map(|(_, precision)| *precision).ok_or_else(|| {
-            Error::argument(
-                format!("precision '{text}' is not known"),
-                "Choose one of 32-true, 64-true",
-            )
-        })
-    }
-
-    /// Fabric's name of it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "32-true",
-            Self::F64 => "64-true",
-        }
-    }
-
-    /// The type of parameters and activations.
-    pub fn dtype(self) -> Dtype {
-        match self {
-            Self::F32 => Dtype::F32,
-            Self::F64 => Dtype::F64,
-        }
-    }
-}
-
 /// What was asked for, in the user's words.
 #[derive(Clone, Debug, Default)]
 pub struct Request {
@@ -101,7 +49,7 @@ pub struct Request {
     pub strategy: Option<String>,
     /// How many processes.
     pub devices: Devices,
-    /// "32-true", ...
+    /// "32-true", "bf16-mixed", ...
     pub precision: Option<String>,
 }
 
@@ -155,7 +103,15 @@ pub fn resolve(request: &Request, outside: Option<usize>) -> Result<Resolved> {
         }
         Some(text) => {
             let precision = Precision::parse(text)?;
-            reasons.push(format!("precision = {}: asked for", precision.name()));
+            let how = if Precision::is_discouraged(text) {
+                format!(
+                    "asked for as \"{}\", which is better written out",
+                    text.trim()
+                )
+            } else {
+                "asked for".into()
+            };
+            reasons.push(format!("precision = {precision}: {how}"));
             precision
         }
     };
@@ -261,6 +217,22 @@ mod tests {
             resolved
                 .reasons
                 .contains(&"strategy = ddp: asked for".to_string())
+        );
+    }
+
+    #[test]
+    fn an_old_spelling_of_a_precision_is_remarked_on() {
+        let reason = |text: &str| {
+            let request = Request {
+                precision: Some(text.into()),
+                ..Request::default()
+            };
+            resolve(&request, None).unwrap().reasons.pop().unwrap()
+        };
+        assert_eq!(reason("BF16-Mixed"), "precision = bf16-mixed: asked for");
+        assert_eq!(
+            reason("16"),
+            "precision = 16-mixed: asked for as \"16\", which is better written out"
         );
     }
 

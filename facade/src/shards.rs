@@ -85,6 +85,14 @@ impl Model for Shards {
         &self.metas
     }
 
+    fn whole_params(&self) -> &[ParamMeta] {
+        self.model.params()
+    }
+
+    fn whole(&self, param: ParamId) -> ParamId {
+        self.pieces[param.0].param
+    }
+
     fn with(&self, param: ParamId, f: &mut dyn FnMut(&mut dyn Buffer) -> Result<()>) -> Result<()> {
         self.update(param, &mut |buffer, copy| {
             f(buffer)?;

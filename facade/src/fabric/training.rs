@@ -66,6 +66,11 @@ impl<O: Optimizer> FabricOptimizer<O> {
         &self.optimizer
     }
 
+    /// The original optimizer, to change its options.
+    pub fn optimizer_mut(&mut self) -> &mut O {
+        &mut self.optimizer
+    }
+
     /// The learning rate.
     pub fn learning_rate(&self) -> f64 {
         self.optimizer.learning_rate()

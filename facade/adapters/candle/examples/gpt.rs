@@ -55,7 +55,8 @@ fn run(fabric: &Fabric, args: &Args, train: &Windows, validation: &Windows) -> R
     Fabric::seed_everything(Some(args.seed))?;
     let dtype = match fabric.precision().dtype() {
         Dtype::F64 => DType::F64,
-        _ => DType::F32,
+        Dtype::F32 => DType::F32,
+        _ => fabric::bail!("this example does not train in {}", fabric.precision()),
     };
     let model = build(&Device::Cpu, dtype, |vb| Gpt::new(&args.config(), vb))?;
     let (model, mut optimizer) = fabric.setup(model, AdamW::new(args.lr).weight_decay(0.1))?;

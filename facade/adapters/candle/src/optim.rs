@@ -63,7 +63,7 @@ impl<O: candle_nn::Optimizer + Send> Optimizer for CandleOptimizer<O> {
                 let mut store = empty_store()?;
                 for (index, param) in params.iter().enumerate() {
                     if let Some(grad) = grads.get(ParamId(index)) {
-                        store.insert(&param.var, tensor_of(grad, &param.var)?);
+                        store.insert(&param.var, tensor_of(grad, grads.scale(), &param.var)?);
                     }
                 }
                 inner.step(&store)
@@ -103,16 +103,21 @@ fn empty_store() -> Result<GradStore> {
     Ok(store)
 }
 
-/// A copy of a gradient, in the variable's type and shape.
-fn tensor_of(grad: Span<'_>, var: &Var) -> Result<Tensor> {
-    fn copy<T: Element + candle_core::WithDType>(grad: Span<'_>, var: &Var) -> Result<Tensor> {
+/// A copy of a gradient times `scale`, in the variable's type and shape.
+fn tensor_of(grad: Span<'_>, scale: f64, var: &Var) -> Result<Tensor> {
+    fn copy<T: Element + candle_core::WithDType>(
+        grad: Span<'_>,
+        scale: f64,
+        var: &Var,
+    ) -> Result<Tensor> {
         let mut values = vec![<T as candle_core::WithDType>::from_f64(0.0); grad.len()];
-        kernels::cast(grad, SpanMut::of(&mut values)).map_err(candle_core::Error::wrap)?;
+        kernels::cast_scaled(grad, SpanMut::of(&mut values), scale)
+            .map_err(candle_core::Error::wrap)?;
         Tensor::from_vec(values, var.shape(), var.device())
     }
     match (var.dtype(), grad.dtype()) {
-        (DType::F64, _) => copy::<f64>(grad, var),
-        (_, Dtype::F64) => copy::<f64>(grad, var)?.to_dtype(var.dtype()),
-        _ => copy::<f32>(grad, var)?.to_dtype(var.dtype()),
+        (DType::F64, _) => copy::<f64>(grad, scale, var),
+        (_, Dtype::F64) => copy::<f64>(grad, scale, var)?.to_dtype(var.dtype()),
+        _ => copy::<f32>(grad, scale, var)?.to_dtype(var.dtype()),
     }
 }
