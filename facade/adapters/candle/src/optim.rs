@@ -71,6 +71,10 @@ impl<O: candle_nn::Optimizer + Send> Optimizer for CandleOptimizer<O> {
             .map_err(|error| Error::library("a step of candle's optimizer", error))
     }
 
+    fn scales(&self) -> bool {
+        true
+    }
+
     fn learning_rate(&self) -> f64 {
         self.inner.learning_rate()
     }
