@@ -6,6 +6,7 @@ mod ddp;
 mod exhaustive;
 mod facade;
 mod fsdp;
+mod mixed;
 mod optim;
 mod parity;
 mod process;

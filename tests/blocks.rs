@@ -11,14 +11,55 @@ use fabric::{
 pub(crate) const WIDTH: usize = 6;
 pub(crate) const BLOCKS: usize = 4;
 
+/// A float that the arithmetic widens and rounds.
+pub(crate) trait Real: fabric::engine::kernels::Element {
+    fn wide(self) -> f32;
+    fn round(value: f32) -> Self;
+}
+
+impl Real for f32 {
+    fn wide(self) -> f32 {
+        self
+    }
+    fn round(value: f32) -> Self {
+        value
+    }
+}
+
+impl Real for half::bf16 {
+    fn wide(self) -> f32 {
+        self.to_f32()
+    }
+    fn round(value: f32) -> Self {
+        Self::from_f32(value)
+    }
+}
+
+impl Real for half::f16 {
+    fn wide(self) -> f32 {
+        self.to_f32()
+    }
+    fn round(value: f32) -> Self {
+        Self::from_f32(value)
+    }
+}
+
+fn wide<T: Real>(values: &[T]) -> Vec<f32> {
+    values.iter().map(|value| value.wide()).collect()
+}
+
+fn rounded<T: Real>(values: Vec<f32>) -> Vec<T> {
+    values.into_iter().map(T::round).collect()
+}
+
 /// y = x + leaky(W x + b), then every feature times a scale that all blocks share (a tied parameter).
 pub(crate) struct Dense {
     pub(crate) tied: bool,
 }
 
 impl Dense {
-    fn hidden(params: &[&[f32]], input: &[f32]) -> Vec<f32> {
-        let (weight, bias) = (params[0], params[1]);
+    fn hidden(params: &[Vec<f32>], input: &[f32]) -> Vec<f32> {
+        let (weight, bias) = (&params[0], &params[1]);
         let row = |j: usize| {
             let products = input
                 .iter()
@@ -38,24 +79,31 @@ fn slope(x: f32) -> f32 {
     if x > 0.0 { 1.0 } else { 0.25 }
 }
 
-impl Block<f32> for Dense {
-    fn forward(&self, params: &[&[f32]], input: &[f32]) -> Vec<f32> {
-        let hidden = Self::hidden(params, input);
+impl<T: Real> Block<T> for Dense {
+    fn forward(&self, params: &[&[T]], input: &[T]) -> Vec<T> {
+        let params = params.iter().map(|param| wide(param)).collect::<Vec<_>>();
+        let input = &wide(input)[..];
+        let hidden = Self::hidden(&params, input);
         let scale = |j: usize| if self.tied { params[2][j] } else { 1.0 };
-        (0..WIDTH)
-            .map(|j| (input[j] + leaky(hidden[j])) * scale(j))
-            .collect()
+        rounded(
+            (0..WIDTH)
+                .map(|j| (input[j] + leaky(hidden[j])) * scale(j))
+                .collect(),
+        )
     }
 
     fn backward(
         &self,
-        params: &[&[f32]],
-        input: &[f32],
-        output_grad: &[f32],
-        grads: &mut [Vec<f32>],
-    ) -> Vec<f32> {
-        let hidden = Self::hidden(params, input);
-        let mut flow = output_grad.to_vec();
+        params: &[&[T]],
+        input: &[T],
+        output_grad: &[T],
+        into: &mut [Vec<T>],
+    ) -> Vec<T> {
+        let params = params.iter().map(|param| wide(param)).collect::<Vec<_>>();
+        let input = &wide(input)[..];
+        let mut grads = into.iter().map(|grad| wide(grad)).collect::<Vec<_>>();
+        let hidden = Self::hidden(&params, input);
+        let mut flow = wide(output_grad);
         if self.tied {
             for j in 0..WIDTH {
                 grads[2][j] += flow[j] * (input[j] + leaky(hidden[j]));
@@ -71,32 +119,38 @@ impl Block<f32> for Dense {
                 by_input[i] += by_hidden * params[0][j * WIDTH + i];
             }
         }
-        by_input
+        for (into, grad) in into.iter_mut().zip(grads) {
+            *into = rounded(grad);
+        }
+        rounded(by_input)
     }
 }
 
 /// A scale for each feature that only some ranks use.
 pub(crate) struct Extra;
 
-impl Block<f32> for Extra {
-    fn forward(&self, params: &[&[f32]], input: &[f32]) -> Vec<f32> {
-        input.iter().zip(params[0]).map(|(x, s)| x * s).collect()
+impl<T: Real> Block<T> for Extra {
+    fn forward(&self, params: &[&[T]], input: &[T]) -> Vec<T> {
+        let products = input.iter().zip(params[0]);
+        products
+            .map(|(x, s)| T::round(x.wide() * s.wide()))
+            .collect()
     }
 
     fn backward(
         &self,
-        params: &[&[f32]],
-        input: &[f32],
-        output_grad: &[f32],
-        grads: &mut [Vec<f32>],
-    ) -> Vec<f32> {
+        params: &[&[T]],
+        input: &[T],
+        output_grad: &[T],
+        grads: &mut [Vec<T>],
+    ) -> Vec<T> {
         for j in 0..WIDTH {
-            grads[0][j] += output_grad[j] * input[j];
+            let product = output_grad[j].wide() * input[j].wide();
+            grads[0][j] = T::round(grads[0][j].wide() + product);
         }
-        output_grad
-            .iter()
-            .zip(params[0])
-            .map(|(g, s)| g * s)
+        let products = output_grad.iter().zip(params[0]);
+        products
+            .map(|(g, s)| T::round(g.wide() * s.wide()))
             .collect()
     }
 }
@@ -107,7 +161,7 @@ pub(crate) fn value(param: usize, index: usize) -> f32 {
 }
 
 /// Blocks in units; at the root a scale that the blocks share, one that only some ranks use, and one that nobody does.
-pub(crate) fn model() -> VecModel {
+pub(crate) fn model<T: Real>() -> VecModel<T> {
     let mut params: Vec<(String, usize)> = vec![("idle".into(), 5), ("some".into(), WIDTH)];
     for block in 0..BLOCKS {
         params.push((format!("block.{block}.weight"), WIDTH * WIDTH));
@@ -118,7 +172,7 @@ pub(crate) fn model() -> VecModel {
     }
     let params = params.into_iter().enumerate();
     let model = VecModel::deferred(params.map(|(index, (name, numel))| {
-        let init = move || (0..numel).map(|at| value(index, at)).collect();
+        let init = move || (0..numel).map(|at| T::round(value(index, at))).collect();
         (name, numel, Box::new(init) as _)
     }));
     let units = (0..BLOCKS).map(|block| format!("block.{block}"));
@@ -134,7 +188,7 @@ pub(crate) fn uses_extra(rank: usize) -> bool {
 }
 
 /// The chain of `rank`.
-pub(crate) fn chain(model: &VecModel, extra: bool) -> Chain<f32> {
+pub(crate) fn chain<T: Real>(model: &VecModel<T>, extra: bool) -> Chain<T> {
     let mut links = Vec::new();
     for block in 0..BLOCKS {
         let tied = block == 0 || block == 2;
@@ -158,27 +212,30 @@ pub(crate) fn sample(rank: usize, step: usize, batch: usize) -> (Vec<f32>, Vec<f
 }
 
 /// One micro-batch's backward through Fabric.
-pub(crate) fn backward(
+pub(crate) fn backward<T: Real>(
     fabric: &Fabric,
-    model: &FabricModule<VecModel>,
-    chain: &Chain<f32>,
+    model: &FabricModule<VecModel<T>>,
+    chain: &Chain<T>,
     rank: usize,
     step: usize,
     batch: usize,
 ) -> Result<()> {
     let (input, target) = sample(rank, step, batch);
-    let pass = chain.forward(model, input)?;
-    let error = pass.output().iter().zip(&target).map(|(y, t)| y - t);
-    let error = error.collect();
+    let pass = chain.forward(model, rounded(input))?;
+    let error = pass.output().iter().zip(&target);
+    let error = error.map(|(y, t)| T::round(y.wide() - t)).collect();
     fabric.backward(pass.loss(error))
 }
 
 /// All parameters, those of units too, which are gathered for it.
-pub(crate) fn read(model: &FabricModule<VecModel>) -> Result<Vec<u32>> {
+pub(crate) fn read<T: Real>(model: &FabricModule<VecModel<T>>) -> Result<Vec<u32>> {
     let mut bits = vec![Vec::new(); model.params().len()];
     let mut take = |param: ParamId| {
         let values = model.lent(&[param], |values| values[0].to_vec())?;
-        bits[param.0] = values.into_iter().map(f32::to_bits).collect();
+        bits[param.0] = values
+            .into_iter()
+            .map(|value| value.wide().to_bits())
+            .collect();
         Ok::<_, fabric::Error>(())
     };
     for (index, meta) in model.params().iter().enumerate() {

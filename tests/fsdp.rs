@@ -88,7 +88,7 @@ impl fabric::model::Events for Collect {
 
 /// What one rank's backward gives, by a model of its own with the values of `twin`.
 fn gradients(values: &[Vec<f32>], rank: usize, step: usize, batch: usize) -> Grads {
-    let model = model();
+    let model = model::<f32>();
     for (index, values) in values.iter().enumerate() {
         model.acquire(ParamId(index)).unwrap();
         let span = fabric::engine::kernels::Span::of(values);
@@ -118,7 +118,7 @@ fn oracle(world: usize, batches: usize, moment: Moment, clip: Option<Clip>) -> V
     fabric("single", 1, &Options::default())
         .launch(|fabric| {
             let (model, mut optimizer) =
-                fabric.setup(model(), AdamW::new(0.02).weight_decay(0.1))?;
+                fabric.setup(model::<f32>(), AdamW::new(0.02).weight_decay(0.1))?;
             for step in 0..STEPS {
                 let values = (0..model.params().len())
                     .map(|param| model.lent(&[ParamId(param)], |values| values[0].to_vec()))
@@ -177,7 +177,7 @@ fn train(
         .launch_threads(|fabric| {
             let rank = fabric.global_rank();
             let (model, mut optimizer) =
-                fabric.setup(model(), AdamW::new(0.02).weight_decay(0.1))?;
+                fabric.setup(model::<f32>(), AdamW::new(0.02).weight_decay(0.1))?;
             let chain = chain(&model, uses_extra(rank));
             for step in 0..STEPS {
                 for batch in 0..batches {
@@ -314,7 +314,7 @@ fn what_each_part_of_a_step_costs_is_what_the_plan_says() {
         fabric(strategy, world, &options)
             .launch_threads(|fabric| {
                 let rank = fabric.global_rank();
-                let (model, mut optimizer) = fabric.setup(model(), Sgd::new(0.01))?;
+                let (model, mut optimizer) = fabric.setup(model::<f32>(), Sgd::new(0.01))?;
                 let (chain, cost) = (chain(&model, uses_extra(rank)), model.forecast());
                 for step in 0..3 {
                     for batch in 0..2 {
@@ -358,7 +358,7 @@ fn the_plan_says_what_will_happen() {
         .launch_threads(|fabric| {
             let link = fabric.measure_link()?;
             assert!(link.is_some_and(|link| link.alpha_s > 0.0 && link.bytes_per_s > 0.0));
-            let model = fabric.setup_module(model())?;
+            let model = fabric.setup_module(model::<f32>())?;
             Ok(model.explain(2, link))
         })
         .unwrap();

@@ -223,6 +223,14 @@ impl Sequencer {
     /// # Errors
     /// When one is under way already, or an earlier one failed.
     pub fn begin(&mut self, sync: bool) -> Result<()> {
+        self.begin_scaled(sync, 1.0)
+    }
+
+    /// The same, of a loss that was multiplied by `loss_scale`: gradients are divided by it again by whoever reads them.
+    ///
+    /// # Errors
+    /// As [`Sequencer::begin`].
+    pub fn begin_scaled(&mut self, sync: bool, loss_scale: f64) -> Result<()> {
         self.check()?;
         if self.phase != Phase::Idle {
             return Err(self.error(
@@ -230,7 +238,10 @@ impl Sequencer {
                 "Call fabric.backward once for each loss",
             ));
         }
+        // What is held goes on in the scale of what comes.
+        self.multiply(loss_scale);
         self.apply_scale()?;
+        self.factor = 1.0 / loss_scale;
         if std::mem::take(&mut self.is_mean) {
             // A mean stands for every rank's share of the sum that is taken next.
             let factor = self.plan.mesh().shards as f64;

@@ -44,7 +44,8 @@ impl Fabric {
     /// Clip the gradients of `module`. Returns the total norm before clipping, for [`Clip::Norm`].
     ///
     /// # Errors
-    /// When the norm is not finite, or the arguments make no sense.
+    /// When the norm is not finite and the loss is not scaled (where it is, the step that follows is skipped), or the
+    /// arguments make no sense.
     pub fn clip_gradients<M: Model>(
         &self,
         module: &FabricModule<M>,
@@ -72,6 +73,9 @@ impl Fabric {
                     2.0 => sequencer.squares()?.norm(),
                     _ => largest(&sequencer)?,
                 } * sequencer.factor();
+                if !norm.is_finite() && self.loss_scaler_state().is_some() {
+                    return Ok(Some(norm)); // the step will be skipped
+                }
                 if !norm.is_finite() {
                     return Err(mistake(
                         self.global_rank(),

@@ -26,6 +26,7 @@ use crate::{
     launch::{supervise, threads},
     logger::Logger,
     model::Core,
+    precision::{LossScaler, LossScalerState},
     resolve::{Devices, Precision, Request, Resolved, resolve},
 };
 use world::World;
@@ -56,6 +57,7 @@ struct Inner {
     request: Request,
     resolved: Resolved,
     options: plan::Options,
+    scaler: Mutex<Option<LossScaler>>,
     world: Mutex<Option<World>>,
     models: Mutex<Vec<Arc<Core>>>,
     loggers: Arc<Mutex<Vec<Box<dyn Logger>>>>,
@@ -68,6 +70,7 @@ struct Inner {
 pub struct Builder {
     request: Request,
     options: plan::Options,
+    scaler: Option<LossScaler>,
     loggers: Vec<Box<dyn Logger>>,
     callbacks: Callbacks,
     fault: Option<Error>,
@@ -95,19 +98,32 @@ impl Builder {
         self
     }
 
-    /// The strategy: "single", "ddp", "zero1", or "auto" (the default).
+    /// The strategy: "single", "ddp", "zero1", "zero2", "fsdp", "hsdp", or "auto" (the default).
     pub fn strategy(mut self, name: &str) -> Self {
         self.request.strategy = Some(name.into());
         self
     }
 
-    /// The precision: "32-true" (the default) or "64-true".
+    /// The strategy's mesh: how many ranks share the work of one replica under "hsdp".
+    pub fn group(mut self, ranks: usize) -> Self {
+        self.options.group = Some(ranks);
+        self
+    }
+
+    /// The precision: "32-true" (the default), "64-true", "bf16-true", "16-true", "bf16-mixed" or "16-mixed". The model is
+    /// built in the type that [`Precision::policy`] names.
     pub fn precision(mut self, name: &str) -> Self {
         self.request.precision = Some(name.into());
         self
     }
 
-    /// How gradients are cut into buckets.
+    /// How the loss is scaled under "16-mixed"; the default is torch's rule.
+    pub fn loss_scaler(mut self, scaler: LossScaler) -> Self {
+        self.scaler = Some(scaler);
+        self
+    }
+
+    /// How a model is cut: buckets, units, types.
     pub fn buckets(mut self, options: plan::Options) -> Self {
         self.options = options;
         self
@@ -135,11 +151,19 @@ impl Builder {
         }
         let outside = Place::detect(&|name| std::env::var(name).ok())?.map(|place| place.world);
         let resolved = resolve(&self.request, outside)?;
+        let policy = resolved.precision.policy();
+        let mut options = self.options;
+        if policy.is_mixed() {
+            options.main_dtype.get_or_insert(policy.main);
+        }
+        let scaler = resolved.precision.scaler();
+        let scaler = scaler.map(|usual| self.scaler.unwrap_or(usual));
         Ok(Fabric {
             inner: Arc::new(Inner {
                 request: self.request,
                 resolved,
-                options: self.options,
+                options,
+                scaler: Mutex::new(scaler),
                 world: Mutex::new(None),
                 models: Mutex::default(),
                 loggers: Arc::new(Mutex::new(self.loggers)),
@@ -217,6 +241,7 @@ impl Fabric {
                 request: inner.request.clone(),
                 resolved: inner.resolved.clone(),
                 options: inner.options.clone(),
+                scaler: Mutex::new(lock(&inner.scaler).clone()),
                 world: Mutex::new(None),
                 models: Mutex::default(),
                 loggers: inner.loggers.clone(),
@@ -281,6 +306,29 @@ impl Fabric {
     /// The precision.
     pub fn precision(&self) -> Precision {
         self.inner.resolved.precision
+    }
+
+    /// What the loss is multiplied by at present: 1, unless the precision is "16-mixed".
+    pub fn loss_scale(&self) -> f64 {
+        lock(&self.inner.scaler)
+            .as_ref()
+            .map_or(1.0, LossScaler::scale)
+    }
+
+    /// The state of the loss's scale, to be saved: `state.value("loss scale", &mut fabric.loss_scaler_state())`.
+    pub fn loss_scaler_state(&self) -> Option<LossScalerState> {
+        lock(&self.inner.scaler).as_ref().map(LossScaler::state)
+    }
+
+    /// Go on from a saved state of the loss's scale; nothing, where the loss is not scaled.
+    ///
+    /// # Errors
+    /// When the state makes no sense.
+    pub fn load_loss_scaler_state(&self, state: Option<LossScalerState>) -> Result<()> {
+        match (lock(&self.inner.scaler).as_mut(), state) {
+            (Some(scaler), Some(state)) => scaler.load_state(state),
+            _ => Ok(()),
+        }
     }
 
     /// Each choice with its reason, a line each.

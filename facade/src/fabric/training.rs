@@ -24,16 +24,24 @@ use crate::{
 /// An optimizer that was set up: it steps on whole gradients.
 pub struct FabricOptimizer<O: Optimizer> {
     optimizer: O,
+    skipped: bool,
     core: Arc<Core>,
     fabric: Fabric,
 }
 
 impl<O: Optimizer> FabricOptimizer<O> {
-    /// Update the parameters, then call `on_after_optimizer_step` on the callbacks.
+    /// Update the parameters, then call `on_after_optimizer_step` on the callbacks. Where the loss is scaled and a gradient
+    /// overflowed, on whichever rank, all ranks leave the parameters as they are ([`FabricOptimizer::was_skipped`]), and
+    /// the scale falls.
     ///
     /// # Errors
-    /// The optimizer's refusal, or a callback's error.
+    /// The optimizer's refusal, a callback's error, or a loss that is not finite whatever its scale.
     pub fn step(&mut self) -> Result<()> {
+        if self.fabric.overflows(&self.core)? {
+            self.skipped = true;
+            return self.fabric.call("on_after_optimizer_step", &mut ());
+        }
+        self.skipped = false;
         let (model, optimizer) = (&self.core.model, &mut self.optimizer);
         let mut sequencer = self.core.sequencer();
         if !optimizer.scales() {
@@ -54,6 +62,11 @@ impl<O: Optimizer> FabricOptimizer<O> {
         }
         drop(sequencer);
         self.fabric.call("on_after_optimizer_step", &mut ())
+    }
+
+    /// Whether the last step was skipped, because a gradient of the scaled loss overflowed.
+    pub fn was_skipped(&self) -> bool {
+        self.skipped
     }
 
     /// Forget the gradients.
@@ -144,6 +157,7 @@ impl Fabric {
         if self.world_size() > 1 {
             agree(&plan, &comm)?;
         }
+        self.compare_types(&plan);
         let groups = Groups::connect(comm.clone(), &plan)?;
         let forecast = plan.forecast(&groups);
         let model = Arc::new(model);
@@ -156,6 +170,22 @@ impl Fabric {
         Ok(FabricModule::new(model, core))
     }
 
+    /// Say so when no parameter has the type that the precision promises.
+    fn compare_types(&self, plan: &Plan) {
+        let (asked, policy) = (self.precision(), self.precision().policy());
+        let mut trainable = plan.params().iter().filter(|param| param.trainable);
+        let first = trainable.clone().next();
+        if let (Some(first), Some(_)) = (first, &self.inner.request.precision)
+            && !trainable.any(|param| param.dtype == policy.param)
+        {
+            self.warn(format!(
+                "precision {asked} computes as {}, but '{}' is {}, and so is every other: it is trained as it is. Build the \
+                 model in the type that fabric.precision().policy().param names",
+                policy.param, first.name, first.dtype
+            ));
+        }
+    }
+
     /// Take in an optimizer for a model that was set up.
     pub fn setup_optimizers<M: Model, O: Optimizer>(
         &self,
@@ -164,6 +194,7 @@ impl Fabric {
     ) -> FabricOptimizer<O> {
         FabricOptimizer {
             optimizer,
+            skipped: false,
             core: module.core.clone(),
             fabric: self.clone(),
         }
@@ -214,10 +245,11 @@ impl Fabric {
     }
 
     fn run(&self, cores: &[Arc<Core>], loss: impl Backward, scale: f32) -> EngineResult<()> {
+        let loss_scale = self.loss_scale();
         for core in cores {
-            core.sequencer().begin(core.syncs())?;
+            core.sequencer().begin_scaled(core.syncs(), loss_scale)?;
         }
-        loss.backward(scale)?;
+        loss.backward(scale * loss_scale as f32)?;
         for core in cores {
             // One model takes part even when no gradient of it became ready: other ranks may wait for it. Of several,
             // those that the loss touched.
@@ -229,6 +261,17 @@ impl Fabric {
             self.report(core, unused);
         }
         Ok(())
+    }
+
+    /// Whether an update of this model's parameters is to be skipped, by a scaled loss's rule. All ranks find the same.
+    fn overflows(&self, core: &Core) -> Result<bool> {
+        let mut scaler = lock(&self.inner.scaler);
+        let Some(scaler) = scaler.as_mut() else {
+            return Ok(false);
+        };
+        let overflows = !core.sequencer().squares()?.is_finite();
+        scaler.update(overflows)?;
+        Ok(overflows)
     }
 
     /// A backward failed. The other ranks wait for gradients that will not come, and zeros in their place would be

@@ -66,7 +66,7 @@ pub(super) fn check(params: &[ParamMeta], units: &[String], options: &Options) -
             ));
         }
         let reduce = options.reduce_dtype.unwrap_or(param.dtype.accumulator());
-        let main = options.main_dtype.unwrap_or(param.dtype);
+        let main = main_dtype(param, options);
         for (what, dtype) in [("reduced", reduce), ("updated", main)] {
             let arithmetic = [Dtype::F64, Dtype::F32, Dtype::F16, Dtype::BF16];
             if !arithmetic.contains(&dtype) {
@@ -81,6 +81,12 @@ pub(super) fn check(params: &[ParamMeta], units: &[String], options: &Options) -
         }
     }
     Ok(())
+}
+
+/// The type in which `param` is updated.
+fn main_dtype(param: &ParamMeta, options: &Options) -> Dtype {
+    let wider = |main: &Dtype| param.trainable && main.size() > param.dtype.size();
+    options.main_dtype.filter(wider).unwrap_or(param.dtype)
 }
 
 /// Parameters with the same key may travel together.
@@ -114,10 +120,7 @@ impl Key {
             trainable: param.trainable,
             dtype: options.reduce_dtype.unwrap_or(param.dtype.accumulator()),
             param_dtype: param.dtype,
-            main_dtype: match param.trainable {
-                true => options.main_dtype.unwrap_or(param.dtype),
-                false => param.dtype,
-            },
+            main_dtype: main_dtype(param, options),
         })
     }
 }

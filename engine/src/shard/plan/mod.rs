@@ -36,8 +36,8 @@ pub struct Options {
     /// The type in which gradients are kept and reduced; `None` is each parameter's own, but at least f32. bf16 and f16
     /// travel as such, are added in f32 and rounded once.
     pub reduce_dtype: Option<Dtype>,
-    /// The type in which parameters are updated and saved; `None` is each parameter's own. A wider one is kept beside
-    /// the parameters that the model computes with: of all of them, or of this rank's slice.
+    /// The type in which parameters are updated and saved, where it is wider than a parameter's own: it is kept beside the
+    /// parameters that the model computes with, of all of them, or of this rank's slice.
     pub main_dtype: Option<Dtype>,
     /// Where only slices of gradients are kept: what a micro-batch without synchronisation does.
     pub accumulate: Accumulate,
