@@ -5,6 +5,7 @@ mod checkpoint;
 mod ddp;
 mod exhaustive;
 mod facade;
+mod footprint;
 mod fsdp;
 mod mixed;
 mod optim;

@@ -16,7 +16,7 @@ use fabric_engine::{
     kernels::{self, Span},
     shard::{
         Parameters, SharedComm,
-        plan::{Forecast, Piece, Plan},
+        plan::{Footprint, Forecast, Piece, Plan},
         sequencer::{Sequencer, Unused},
     },
 };
@@ -176,6 +176,18 @@ impl<M: Model> FabricModule<M> {
     pub fn explain(&self, states: usize, link: Option<Link>) -> String {
         let sequencer = self.core.sequencer();
         sequencer.plan().explain(&self.core.forecast, states, link)
+    }
+
+    /// What a rank needs in memory, predicted from the plan, with an optimizer that keeps `states` vectors beside each
+    /// parameter.
+    pub fn footprint(&self, states: usize) -> Footprint {
+        let sequencer = self.core.sequencer();
+        sequencer.plan().footprint(sequencer.rank(), states)
+    }
+
+    /// Bytes of memory that lie in this rank's shared arenas at present, beside its own.
+    pub fn shared_bytes(&self) -> u64 {
+        self.core.sequencer().groups().shared_bytes()
     }
 
     /// What one synchronised backward costs this rank: part of [`FabricModule::forecast`].

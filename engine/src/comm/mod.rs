@@ -237,6 +237,12 @@ pub trait Communicator: Send {
     /// What this rank has sent so far.
     fn spent(&self) -> Spent;
 
+    /// Bytes of memory that the system has given this communicator for slabs which peers reach: what does not count as this
+    /// process's own.
+    fn shared_bytes(&self) -> u64 {
+        0
+    }
+
     /// The record of what happened.
     fn trace(&self) -> trace::Trace;
 }

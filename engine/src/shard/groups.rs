@@ -82,6 +82,12 @@ impl Groups {
         self.mesh
     }
 
+    /// Bytes of memory that the system has given this rank's communicators for slabs.
+    pub fn shared_bytes(&self) -> u64 {
+        let own = self.own.iter().map(|comm| comm.lock().shared_bytes());
+        self.world.lock().shared_bytes() + own.sum::<u64>()
+    }
+
     /// What this rank has sent on the communicators that belong to this model alone.
     pub fn spent(&self) -> Spent {
         let mut spent = Spent::default();

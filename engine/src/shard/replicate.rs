@@ -3,13 +3,14 @@
 
 use fabric_kernels::Dtype;
 
-use super::{ParamId, Parameters, SharedComm, layout::Layout, mains::Mains, plan::Plan};
+use super::{ParamId, ParamMeta, Parameters, SharedComm, mains::Mains, plan::Plan};
 use crate::{
+    buffer::Slab,
     comm::{Call, Collectives, Data, Label, Op},
     error::{Error, Result},
 };
 
-const GROUP_BYTES: usize = 25 << 20; // parameters sent in one broadcast
+const PARCEL_BYTES: usize = 4 << 20; // of a parameter, sent in one broadcast
 
 /// Compare the plans of all ranks.
 ///
@@ -58,7 +59,7 @@ fn lines(text: &str) -> impl Iterator<Item = &str> {
 }
 
 /// Give every rank rank 0's parameters, frozen ones too: whole, or its slice of them, which it keeps in `mains`. Where
-/// initialisation was deferred, no rank holds more of the model than that, and the parameters of one broadcast.
+/// initialisation was deferred, no rank ever holds more of the model than that, and one parameter.
 ///
 /// # Errors
 /// When a rank is gone, or a parameter refuses to be read or written.
@@ -68,78 +69,82 @@ pub fn distribute(
     mains: &Mains,
     params: &dyn Parameters,
 ) -> Result<()> {
-    for (index, (dtype, layout)) in groups(plan).into_iter().enumerate() {
-        let members = || layout.entries().iter().map(|(param, _)| *param);
-        if comm.rank() == 0 {
-            members().try_for_each(|param| params.initialize(param))?;
-        } else {
-            members().try_for_each(|param| params.acquire(param))?;
+    let largest = plan
+        .params()
+        .iter()
+        .map(|param| param.numel() * param.dtype.size());
+    let mut parcel = Parcel::new(comm, largest.max().unwrap_or(0))?;
+    for (index, meta) in plan.params().iter().enumerate() {
+        let param = ParamId(index);
+        match comm.rank() {
+            0 => params.initialize(param)?,
+            _ => params.acquire(param)?,
         }
         if comm.size() > 1 {
-            broadcast(index as u32, dtype, &layout, comm, params)?;
+            parcel.broadcast(param, meta, params)?;
         }
-        for param in members() {
-            let Some((bucket, entry)) = plan.place(param) else {
-                continue;
-            };
-            if let Some(piece) = plan.part(bucket, entry, comm.rank()) {
-                mains.load(plan, &piece, params)?;
-            }
-            if plan.buckets()[bucket].axis.shards_param() {
-                params.release(param)?;
-            }
+        let Some((bucket, entry)) = plan.place(param) else {
+            continue;
+        };
+        if let Some(piece) = plan.part(bucket, entry, comm.rank()) {
+            mains.load(plan, &piece, params)?;
+        }
+        if plan.buckets()[bucket].axis.shards_param() {
+            params.release(param)?;
         }
     }
     Ok(())
 }
 
-fn broadcast(
-    index: u32,
-    dtype: Dtype,
-    layout: &Layout,
-    comm: &SharedComm,
-    params: &dyn Parameters,
-) -> Result<()> {
-    let mut comm = comm.lock();
-    let mut slab = comm.alloc(dtype, layout.numel())?;
-    if comm.rank() == 0 {
-        for (param, range) in layout.entries() {
-            params.with(*param, &mut |buffer| {
-                buffer.read(0..range.len(), slab.part_mut(range.clone()))
-            })?;
-        }
-    }
-    let call = Call::new(Op::Broadcast { root: 0 })
-        .label(Label::Params(index))
-        .blocking();
-    let slab = comm
-        .submit(call, Data::InPlace(slab))?
-        .wait()?
-        .into_output();
-    if comm.rank() != 0 {
-        for (param, range) in layout.entries() {
-            params.with(*param, &mut |buffer| {
-                buffer.write(0..range.len(), slab.part(range.clone()))
-            })?;
-        }
-    }
-    Ok(())
+/// Memory in which parameters travel from rank 0, a piece at a time.
+struct Parcel<'a> {
+    comm: &'a SharedComm,
+    slab: Option<Slab>, // bytes; away while they travel
 }
 
-/// Parameters of one dtype, about [`GROUP_BYTES`] at a time.
-fn groups(plan: &Plan) -> Vec<(Dtype, Layout)> {
-    let mut groups: Vec<(Dtype, Layout)> = Vec::new();
-    for (index, param) in plan.params().iter().enumerate() {
-        let open = groups.iter_mut().rfind(|(dtype, _)| *dtype == param.dtype);
-        let full = |layout: &Layout| layout.numel() * param.dtype.size() >= GROUP_BYTES;
-        match open {
-            Some((_, layout)) if !full(layout) => layout.push(ParamId(index), param.numel()),
-            _ => {
-                let mut layout = Layout::default();
-                layout.push(ParamId(index), param.numel());
-                groups.push((param.dtype, layout));
-            }
-        }
+impl<'a> Parcel<'a> {
+    fn new(comm: &'a SharedComm, largest_bytes: usize) -> Result<Self> {
+        let bytes = match comm.size() {
+            1 => 0,
+            _ => largest_bytes.min(PARCEL_BYTES),
+        };
+        Ok(Self {
+            comm,
+            slab: Some(comm.lock().alloc(Dtype::U8, bytes)?),
+        })
     }
-    groups
+
+    fn broadcast(
+        &mut self,
+        param: ParamId,
+        meta: &ParamMeta,
+        params: &dyn Parameters,
+    ) -> Result<()> {
+        let chunk = (PARCEL_BYTES / meta.dtype.size()).max(1);
+        for start in (0..meta.numel()).step_by(chunk) {
+            let range = start..meta.numel().min(start + chunk);
+            let block = self.slab.take().expect("the parcel is here between calls");
+            let (slab, rest) = block.split_at(range.len() * meta.dtype.size());
+            let mut slab = slab.recast(meta.dtype);
+            let all = 0..range.len();
+            if self.comm.rank() == 0 {
+                params.with(param, &mut |buffer| {
+                    buffer.read(range.clone(), slab.part_mut(all.clone()))
+                })?;
+            }
+            let call = Call::new(Op::Broadcast { root: 0 })
+                .label(Label::Params(param.0 as u32))
+                .blocking();
+            let work = self.comm.lock().submit(call, Data::InPlace(slab))?;
+            let slab = work.wait()?.into_output();
+            if self.comm.rank() != 0 {
+                params.with(param, &mut |buffer| {
+                    buffer.write(range.clone(), slab.part(all.clone()))
+                })?;
+            }
+            let block = Slab::join(slab.recast(Dtype::U8), rest);
+            self.slab = Some(block.expect("both parts are of one block"));
+        }
+        Ok(())
+    }
 }

@@ -40,6 +40,19 @@ impl<T: Element> Spare<T> {
         }
     }
 
+    /// These values, in a vector that was released, if there is one as long: otherwise first values that come and go one
+    /// after the other would each leave a vector behind.
+    pub(super) fn reuse(&self, values: Vec<T>) -> Vec<T> {
+        let mut spare = self.lock();
+        let found = spare.iter().position(|spare| spare.len() == values.len());
+        let Some(index) = found else {
+            return values;
+        };
+        let mut reused = spare.swap_remove(index);
+        reused.copy_from_slice(&values);
+        reused
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Vec<T>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

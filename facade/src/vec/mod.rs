@@ -2,6 +2,7 @@
 //! reference that the tests of everything else are held to.
 
 mod chain;
+mod dense;
 mod memory;
 
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
@@ -13,6 +14,7 @@ use fabric_engine::{
 };
 
 pub use chain::{Block, Chain, Link, Pass, PassLoss};
+pub use dense::Dense;
 
 use crate::model::{Backward, Events, Model, ParamId, ParamMeta, UnitId};
 use memory::{Slot, Spare};
@@ -208,7 +210,7 @@ impl<T: Element> Model for VecModel<T> {
                     "Give VecModel::deferred the number that the initialisation makes",
                 ));
             }
-            *slot = Slot::Here(values);
+            *slot = Slot::Here(self.spare.reuse(values));
         }
         Ok(())
     }

@@ -384,6 +384,11 @@ impl Communicator for Host {
             .unwrap_or_else(|held| held.into_inner())
     }
 
+    fn shared_bytes(&self) -> u64 {
+        let arena = self.shared.arena.as_ref();
+        arena.map_or(0, |arena| arena.resident_bytes())
+    }
+
     fn trace(&self) -> Trace {
         self.shared.trace.clone()
     }

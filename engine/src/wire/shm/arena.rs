@@ -123,6 +123,7 @@ impl Mapping {
 /// This rank's own arena. Slabs from it keep it mapped.
 pub(crate) struct Arena {
     mapping: Mapping,
+    fd: OwnedFd,
     space: Mutex<Space>,
 }
 
@@ -156,7 +157,19 @@ impl Arena {
         fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
         let mapping = map(&fd, bytes)?;
         let space = Mutex::new(Space::new(HEAP, bytes));
-        Ok((Arc::new(Self { mapping, space }), fd))
+        let own = fd.try_clone()?;
+        let arena = Self {
+            mapping,
+            fd: own,
+            space,
+        };
+        Ok((Arc::new(arena), fd))
+    }
+
+    /// Bytes of memory that the system has given this arena so far.
+    pub(crate) fn resident_bytes(&self) -> u64 {
+        const BLOCK_BYTES: u64 = 512; // what stat counts in
+        fstat(&self.fd).map_or(0, |stat| stat.st_blocks as u64 * BLOCK_BYTES)
     }
 
     /// The memory itself.
