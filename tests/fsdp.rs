@@ -12,7 +12,7 @@ use crate::blocks::{backward, chain, model, read, sample, uses_extra};
 
 const STEPS: usize = 20;
 
-fn fabric(strategy: &str, world: usize, options: &Options) -> Fabric {
+pub(crate) fn fabric(strategy: &str, world: usize, options: &Options) -> Fabric {
     Fabric::builder()
         .devices(world)
         .strategy(strategy)
@@ -199,7 +199,7 @@ fn train(
     ranks.into_iter().next().unwrap()
 }
 
-fn small_buckets() -> Options {
+pub(crate) fn small_buckets() -> Options {
     Options {
         bucket_bytes: 120,
         first_bucket_bytes: 60,
@@ -280,6 +280,7 @@ fn every_way_of_sharding_parameters_gives_the_same_bits() {
                 reshard_after_forward,
                 prefetch,
                 replicate_below,
+                offload: prefetch == 3,
                 ..small_buckets()
             };
             let bits = train("fsdp", world, &options, 1, None);
@@ -372,4 +373,72 @@ fn the_plan_says_what_will_happen() {
     ] {
         assert!(texts[0].contains(fact), "{fact}: {}", texts[0]);
     }
+}
+
+#[test]
+fn values_that_are_updated_apart_give_the_same_bits() {
+    let offload = Options {
+        offload: true,
+        ..small_buckets()
+    };
+    let expected = oracle(2, 1, Moment::Each, None);
+    for strategy in ["ddp", "zero1", "zero2", "fsdp"] {
+        assert_eq!(
+            train(strategy, 2, &offload, 1, None),
+            expected,
+            "{strategy}"
+        );
+    }
+}
+
+#[test]
+fn no_more_units_are_whole_than_are_in_use() {
+    for prefetch in 0..4 {
+        let options = Options {
+            prefetch,
+            ..small_buckets()
+        };
+        fabric("fsdp", 2, &options)
+            .launch_threads(|fabric| {
+                let (model, mut optimizer) = fabric.setup(model::<f32>(), Sgd::new(0.01))?;
+                let chain = chain(&model, uses_extra(fabric.global_rank()));
+                for step in 0..3 {
+                    for batch in 0..2 {
+                        backward(fabric, &model, &chain, fabric.global_rank(), step, batch)?;
+                    }
+                    optimizer.step()?;
+                    optimizer.zero_grad();
+                }
+                let used = model.working_set();
+                assert_eq!(used.whole_units, 1, "the last one waits for nobody");
+                assert_eq!(used.gather_blocks, prefetch.max(1));
+                assert_eq!(used.reduce_blocks, 2, "one fills, one travels");
+                Ok(())
+            })
+            .unwrap();
+    }
+}
+
+#[test]
+fn a_forward_without_a_backward_leaves_nothing_behind() {
+    fabric("fsdp", 2, &small_buckets())
+        .launch_threads(|fabric| {
+            let rank = fabric.global_rank();
+            let (model, mut optimizer) = fabric.setup(model::<f32>(), Sgd::new(0.1))?;
+            let chain = chain(&model, false);
+            let look = |step| -> Result<Vec<f32>> {
+                let (input, _) = sample(rank, step, 0);
+                Ok(chain.forward(&model, input)?.output().to_vec())
+            };
+            let before = look(0)?;
+            assert_eq!(look(0)?, before, "again");
+            backward(fabric, &model, &chain, rank, 0, 0)?;
+            assert_eq!(look(0)?, before, "parameters change with the update");
+            optimizer.step()?;
+            optimizer.zero_grad();
+            assert_ne!(look(0)?, before, "what was gathered before is stale");
+            assert_eq!(model.working_set().whole_units, 1);
+            Ok(())
+        })
+        .unwrap();
 }

@@ -5,7 +5,7 @@ use std::sync::{Arc, Barrier, Mutex, OnceLock};
 
 use fabric::{
     Fabric, Result,
-    model::{Backward, Events, Model, ParamId, ParamMeta},
+    model::{Backward, Events, Model, ParamId, ParamMeta, UnitId},
 };
 use fabric_engine::{
     Result as EngineResult,
@@ -16,6 +16,7 @@ use fabric_engine::{
 /// A model of slabs.
 pub(crate) struct Puppet {
     params: Vec<ParamMeta>,
+    units: Vec<String>,
     values: Vec<Mutex<Slab>>,
     events: OnceLock<Arc<dyn Events>>,
 }
@@ -25,6 +26,7 @@ impl Puppet {
     pub(crate) fn new() -> Self {
         Self {
             params: Vec::new(),
+            units: Vec::new(),
             values: Vec::new(),
             events: OnceLock::new(),
         }
@@ -41,6 +43,13 @@ impl Puppet {
     /// The last parameter gets no gradient.
     pub(crate) fn frozen(mut self) -> Self {
         self.params.last_mut().unwrap().trainable = false;
+        self
+    }
+
+    /// The last parameter is in a unit of this name.
+    pub(crate) fn in_unit(mut self, name: &str) -> Self {
+        self.params.last_mut().unwrap().unit = Some(UnitId(self.units.len()));
+        self.units.push(name.into());
         self
     }
 
@@ -80,6 +89,10 @@ impl Model for Puppet {
         f: &mut dyn FnMut(&mut dyn Buffer) -> EngineResult<()>,
     ) -> EngineResult<()> {
         f(&mut *self.values[param.0].lock().unwrap())
+    }
+
+    fn units(&self) -> &[String] {
+        &self.units
     }
 
     fn attach(&self, events: Arc<dyn Events>) {

@@ -17,7 +17,7 @@ use fabric_engine::{
     shard::{
         Parameters, SharedComm,
         plan::{Footprint, Forecast, Piece, Plan},
-        sequencer::{Sequencer, Unused},
+        sequencer::{Sequencer, Unused, WorkingSet},
     },
 };
 
@@ -183,6 +183,11 @@ impl<M: Model> FabricModule<M> {
     pub fn footprint(&self, states: usize) -> Footprint {
         let sequencer = self.core.sequencer();
         sequencer.plan().footprint(sequencer.rank(), states)
+    }
+
+    /// The working set, counted so far.
+    pub fn working_set(&self) -> WorkingSet {
+        self.core.sequencer().working_set()
     }
 
     /// Bytes of memory that lie in this rank's shared arenas at present, beside its own.

@@ -42,6 +42,17 @@ pub struct Unused {
     pub somewhere: Vec<ParamId>,
 }
 
+/// What a plan needed for a moment, at most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WorkingSet {
+    /// Units that were whole at once.
+    pub whole_units: usize,
+    /// Blocks in which parameters travel.
+    pub gather_blocks: usize,
+    /// Blocks that gradients are lent.
+    pub reduce_blocks: usize,
+}
+
 /// Runs a plan, step after step.
 pub struct Sequencer {
     plan: Plan,
@@ -727,14 +738,13 @@ impl Sequencer {
         self.plan.reduces()
     }
 
-    /// How many units were whole at once, at most, so far.
-    pub fn most_whole_units(&self) -> usize {
-        self.units.most_whole()
-    }
-
-    /// How many blocks are lent in turn: to parameters that travel, and to gradients.
-    pub fn blocks(&mut self) -> (usize, usize) {
-        (self.units.pool().blocks(), self.blocks.blocks())
+    /// What was needed for a moment, at most, so far.
+    pub fn working_set(&mut self) -> WorkingSet {
+        WorkingSet {
+            whole_units: self.units.most_whole(),
+            gather_blocks: self.units.pool().blocks(),
+            reduce_blocks: self.blocks.blocks(),
+        }
     }
 
     fn keep<T>(&mut self, result: &Result<T>) {

@@ -166,6 +166,7 @@ pub(super) fn buckets(
         dtype: key.dtype,
         param_dtype: key.param_dtype,
         main_dtype: key.main_dtype,
+        offload: options.offload,
         padded: match key.axis.shards_update() {
             true => layout.numel().next_multiple_of(mesh.shards),
             false => layout.numel(),

@@ -39,6 +39,9 @@ pub struct Options {
     /// The type in which parameters are updated and saved, where it is wider than a parameter's own: it is kept beside the
     /// parameters that the model computes with, of all of them, or of this rank's slice.
     pub main_dtype: Option<Dtype>,
+    /// Keep what is updated, and so the optimizer's states, in memory of the host, beside the parameters that the model
+    /// computes with, wherever these are (Ren et al. 2021, "ZeRO-Offload").
+    pub offload: bool,
     /// Where only slices of gradients are kept: what a micro-batch without synchronisation does.
     pub accumulate: Accumulate,
     /// Where parameters are sharded: whether a unit's are dropped between its forward and its backward.
@@ -59,6 +62,7 @@ impl Default for Options {
             first_bucket_bytes: 1 << 20,
             reduce_dtype: None,
             main_dtype: None,
+            offload: false,
             accumulate: Accumulate::Reduce,
             reshard_after_forward: Reshard::Yes,
             prefetch: 1,
@@ -104,6 +108,8 @@ pub struct BucketPlan {
     pub param_dtype: Dtype,
     /// The type in which they are updated.
     pub main_dtype: Dtype,
+    /// Whether they are updated in the host's memory, wherever the model has them.
+    pub offload: bool,
     /// Where each lies.
     pub layout: Layout,
     /// Elements that travel: the layout's, and zeros up to a multiple of the ranks where they own slices.
@@ -119,7 +125,8 @@ impl BucketPlan {
 
     /// Whether the engine keeps the parameters that are updated, beside or instead of the model.
     pub fn has_main(&self) -> bool {
-        self.axis.shards_param() || (self.trainable && self.main_dtype != self.param_dtype)
+        let apart = self.offload || self.main_dtype != self.param_dtype;
+        self.axis.shards_param() || (self.trainable && apart)
     }
 }
 
