@@ -37,11 +37,15 @@
 //! Fabric warns after the first step of parameters that no gradient reached.
 #![forbid(unsafe_code)]
 
+mod away;
+mod backend;
 mod hook;
 mod init;
 mod model;
 mod optim;
+mod pool;
+mod shelf;
 mod storage;
 
-pub use model::{CandleModel, Loss, UNUSED_HINT, build};
+pub use model::{CandleModel, Loss, UNUSED_HINT, build, build_deferred};
 pub use optim::CandleOptimizer;

@@ -1,6 +1,8 @@
 //! Candle models under Fabric, held to what candle does by itself. Method: ranks are threads, models are tiny, and the
 //! oracle is a plain candle model with a copy of the same weights.
 
+#[path = "candle/absence.rs"]
+mod absence;
 #[path = "candle/example.rs"]
 mod example;
 #[path = "candle/gradients.rs"]
