@@ -35,7 +35,8 @@ pub fn build<M>(
 }
 
 /// [`build`], but parameters get their memory and their values, the same, when `fabric.setup` asks for them: a model that
-/// is larger than this machine's memory can be built for a strategy that shards it. Until then using it is an error.
+/// is larger than this machine's memory can be built for a strategy that shards it. Until then using it is an error. The
+/// seed is the one of now.
 ///
 /// # Errors
 /// As [`build`].
@@ -65,7 +66,10 @@ fn make<M>(
     let module = f(vb).map_err(|error| shelf.explain(error))?;
     shelf.close();
     let units = shelf.units().clone();
-    let metas = metas(&shelf.params(), &units)?;
+    let mut params = shelf.params();
+    assign(&mut params, &units)?;
+    let metas = params.iter().map(|param| param.meta.clone()).collect();
+    drop(params);
     Ok(CandleModel {
         module,
         metas,
@@ -74,35 +78,37 @@ fn make<M>(
     })
 }
 
-/// What is known of the parameters, each in its unit.
-fn metas(params: &[Param], units: &[String]) -> Result<Vec<ParamMeta>> {
-    let place = |param: &Param| -> Result<ParamMeta> {
-        let name = &param.meta.name;
-        let mut homes = (0..units.len()).filter(|unit| is_under(name, &units[*unit]));
-        let mut meta = param.meta.clone();
-        meta.unit = homes.next().map(UnitId);
-        if let (Some(UnitId(one)), Some(other)) = (meta.unit, homes.next()) {
+/// Assign parameters to units, by name.
+fn assign(params: &mut [Param], units: &[String]) -> Result<()> {
+    let mut empty = vec![true; units.len()];
+    for param in params {
+        let (tied, meta) = (param.tied, &mut param.meta);
+        let mut owners = (0..units.len()).filter(|unit| is_under(&meta.name, &units[*unit]));
+        let (owner, second) = (owners.next(), owners.next());
+        if let (Some(one), Some(other)) = (owner, second) {
             bail!(
-                "'{name}' is in two units, '{}' and '{}': declare a Unit for the one or for the other, not for both",
+                "'{}' is in two units, '{}' and '{}': declare a Unit for the one or for the other, not for both",
+                meta.name,
                 units[one],
                 units[other]
             );
         }
-        if param.tied && meta.unit.is_some() {
-            // By whom it was asked for again cannot be seen; the root has it in every forward.
-            meta.tied.push(None);
-        }
-        Ok(meta)
-    };
-    let metas = params.iter().map(place).collect::<Result<Vec<_>>>()?;
-    for (index, unit) in units.iter().enumerate() {
-        if !metas.iter().any(|meta| meta.unit == Some(UnitId(index))) {
-            bail!(
-                "the unit '{unit}' has no parameter: give Unit::new the VarBuilder that its parameters are taken from"
-            );
+        let Some(owner) = owner else {
+            continue;
+        };
+        empty[owner] = false;
+        meta.unit = Some(UnitId(owner));
+        if tied {
+            meta.tied.push(None); // by whom it was asked for again cannot be seen: the root always has it
         }
     }
-    Ok(metas)
+    match empty.iter().position(|empty| *empty) {
+        None => Ok(()),
+        Some(unit) => bail!(
+            "the unit '{}' has no parameter: give Unit::new the VarBuilder that its parameters are taken from",
+            units[unit]
+        ),
+    }
 }
 
 /// Whether a name lies under a prefix, by whole components: "block.1.up" under "block.1", "block.10.up" not.

@@ -13,7 +13,7 @@ use fabric_engine::{Error, Result as EngineResult};
 use crate::{
     away,
     hook::{Outlet, hooked},
-    init,
+    init::First,
     pool::Pool,
     storage::{Visit, open, put, take},
 };
@@ -39,7 +39,7 @@ pub(crate) struct Param {
     pub(crate) tensor: Tensor,
     pub(crate) tied: bool, // its name was asked for again
     is_there: bool,        // it has memory
-    first: Option<Init>,   // the values that it never had yet
+    first: Option<First>,  // the values that it never had yet
 }
 
 impl Shelf {
@@ -118,17 +118,19 @@ impl Shelf {
     /// Call `f` with a parameter's memory.
     pub(crate) fn with(&self, id: ParamId, f: &mut Visit<'_>) -> EngineResult<()> {
         let tensor = {
-            let mut params = self.unlent(id)?;
-            let param = &mut params[id.0];
+            let param = &self.unlent(id)?[id.0];
             if !param.is_there {
-                // Values that it never had are as good as there: who keeps parameters whole need not know of deferral.
-                self.fill(param)?;
-            }
-            if !param.is_there {
-                return Err(Error::argument(
-                    format!("'{}' gave up its memory", param.meta.name),
-                    "Its values are in shards: acquire it and write them into it first",
-                ));
+                let name = &param.meta.name;
+                return Err(match param.first {
+                    Some(_) => Error::argument(
+                        format!("'{name}' has no values yet: its initialisation was deferred"),
+                        "Call fabric.setup first",
+                    ),
+                    None => Error::argument(
+                        format!("'{name}' gave up its memory: its values are in shards"),
+                        "Acquire it and write them into it first",
+                    ),
+                });
             }
             param.tensor.clone()
         };
@@ -181,7 +183,7 @@ impl Shelf {
             tensor: tensor.clone(),
             tied: false,
             is_there: false,
-            first: Some(init),
+            first: Some(First::new(init)),
         };
         self.away.fetch_add(1, Ordering::AcqRel);
         if !deferred {
@@ -192,13 +194,13 @@ impl Shelf {
     }
 
     fn fill(&self, param: &mut Param) -> EngineResult<()> {
-        let Some(init) = param.first else {
+        let Some(first) = param.first else {
             return Ok(());
         };
         let mut fill = || -> Result<()> {
             self.arrive(param)?;
             let mut memory = take(&param.tensor)?;
-            let filled = init::fill(&mut memory, init, &param.meta.name, param.tensor.shape());
+            let filled = first.fill(&mut memory, &param.meta.name, param.tensor.shape());
             put(&param.tensor, memory)?;
             filled
         };

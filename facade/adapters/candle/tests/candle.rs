@@ -9,8 +9,12 @@ mod example;
 mod gradients;
 #[path = "../examples/gpt/model.rs"]
 mod model;
+#[path = "candle/puppet.rs"]
+mod puppet;
 #[path = "candle/training.rs"]
 mod training;
+#[path = "candle/units.rs"]
+mod units;
 #[path = "candle/variables.rs"]
 mod variables;
 
@@ -79,10 +83,15 @@ fn build_with<M>(
     dtype: DType,
     f: impl FnOnce(VarBuilder<'static>) -> CandleResult<M>,
 ) -> Result<CandleModel<M>> {
+    seeded(seed, || Ok(build(&CPU, dtype, f)?))
+}
+
+/// Run `f` with a seed.
+fn seeded<T>(seed: u64, f: impl FnOnce() -> Result<T>) -> Result<T> {
     static TURN: Mutex<()> = Mutex::new(());
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     Fabric::seed_everything(Some(seed))?;
-    Ok(build(&CPU, dtype, f)?)
+    f()
 }
 
 /// The oracle: the same model from a `VarMap` of candle's, with a copy of `model`'s values.
