@@ -4,8 +4,9 @@
 use candle_core::{DType, Result as CandleResult, Tensor, bail};
 use candle_nn::{Init, Linear, Module, VarBuilder, VarMap};
 use fabric::{
+    Fabric,
     model::{Edge, Model, ParamId, UnitId},
-    optim::Sgd,
+    optim::{AdamW, Sgd},
 };
 use fabric_candle::{CandleModel, CandleOptimizer, Loss, Unit, build, build_deferred};
 
@@ -509,5 +510,47 @@ fn a_gpt_in_bf16_has_nearly_the_gradients_of_f32() {
         let error = norm(&mut full.iter().zip(narrow).map(|(a, b)| a - b));
         let size = norm(&mut full.iter().copied());
         assert!(error < 0.05 * size, "{name}: {error} of {size}");
+    }
+}
+
+/// The losses of each rank in training on its share.
+fn losses<M: Send + Sync + 'static>(
+    strategy: &str,
+    world: usize,
+    make: impl Fn(VarBuilder<'static>) -> CandleResult<M> + Sync,
+    loss: impl Fn(&M, usize) -> CandleResult<Tensor> + Sync,
+) -> Vec<Vec<f32>> {
+    let builder = Fabric::builder().devices(world).strategy(strategy);
+    let run = builder.build().unwrap().launch_threads(|fabric| {
+        let model = deferred_with(3, DType::F32, &make);
+        let (model, mut optimizer) = fabric.setup(model, AdamW::new(0.02))?;
+        let mut losses = Vec::new();
+        for step in 0..6 {
+            let loss = loss(&model, 10 * step + fabric.global_rank())?;
+            losses.push(loss.to_scalar::<f32>()?);
+            fabric.backward(Loss(&loss))?;
+            optimizer.step()?;
+            optimizer.zero_grad();
+        }
+        Ok(losses)
+    });
+    run.unwrap()
+}
+
+#[test]
+fn sharded_parameters_train_to_the_bits_of_whole_ones() {
+    for world in [1, 2, 3] {
+        let train = |strategy| losses(strategy, world, gpt, |model, step| text_loss(step)(model));
+        let whole = train("ddp");
+        assert_eq!(train("fsdp"), whole, "{world} ranks");
+        let stack = |strategy, forgets| {
+            let loss = |model: &Stack, step| model.loss()? * (1.0 + step as f64);
+            losses(strategy, world, Stack::new(forgets), loss)
+        };
+        let whole = stack("ddp", false);
+        for (strategy, forgets) in [("ddp", true), ("fsdp", false), ("fsdp", true)] {
+            let ran = stack(strategy, forgets);
+            assert_eq!(ran, whole, "{strategy}, {world} ranks, {forgets}");
+        }
     }
 }
