@@ -126,7 +126,7 @@ impl Unit {
     ///
     /// `f` must do the same in both runs (no dropout without a seed of its own). Gradients leave it through `x` and
     /// through the parameters of this unit only: what else it uses must not depend on parameters, and its parameters must
-    /// not be used outside. Before the model is set up this is [`Unit::run`].
+    /// not be used outside, nor twice in one forward. Before the model is set up this is [`Unit::run`].
     ///
     /// ```
     /// # use candle_core::{Result, Tensor};

@@ -181,6 +181,22 @@ fn a_checkpointed_unit_computes_again_to_the_same_bits() {
 }
 
 #[test]
+fn a_unit_that_runs_twice_in_a_forward_keeps_its_parameters_until_the_last_gradient() {
+    let twice = |model: &Stack| {
+        let mut x = Tensor::arange(0f32, 30.0, &CPU)?.reshape((5, 6))?;
+        for (unit, layer) in model.blocks[..3].iter().chain(&model.blocks) {
+            x = unit.run(&x, |x| layer.forward(x)?.tanh())?;
+        }
+        x.sqr()?.mean_all()
+    };
+    let whole = build_with(3, DType::F32, Stack::new(false)).unwrap();
+    let puppet = Puppet::new(build_with(3, DType::F32, Stack::new(false)).unwrap());
+    for _ in 0..3 {
+        assert_eq!(puppet.step(twice), step_whole(&whole, twice));
+    }
+}
+
+#[test]
 fn a_checkpoint_before_set_up_is_an_ordinary_run() {
     let [run, again] = [false, true].map(|forgets| {
         let model = build_with(3, DType::F32, Stack::new(forgets)).unwrap();
