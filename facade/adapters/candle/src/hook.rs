@@ -1,12 +1,15 @@
 //! The identity operation on a parameter whose backward reports the gradient. Made once, when the model is built; the
 //! same node of the graph serves every step.
 
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, OnceLock};
 
-use candle_core::{CpuStorage, CustomOp1, Error, Layout, Result, Shape, Tensor, Var, bail};
+use candle_core::{
+    CpuStorage, CustomOp1, DType, Error, Layout, Result, Shape, Storage, Tensor, Var,
+    op::BackpropOp,
+};
 use fabric::model::{Events, Keep, ParamId};
 
-use crate::storage::{lend, take};
+use crate::storage::{allocate, lend, take};
 
 /// Where gradients are reported; empty until the model is set up.
 pub(crate) type Outlet = Arc<OnceLock<Arc<dyn Events>>>;
@@ -14,18 +17,23 @@ pub(crate) type Outlet = Arc<OnceLock<Arc<dyn Events>>>;
 struct Hook {
     param: ParamId,
     outlet: Outlet,
-    memory: Mutex<Option<CpuStorage>>,
 }
 
-/// The hooked tensor of `var`: it has the variable's memory, and the variable becomes an empty shell. (A copy instead
-/// would go stale at the first optimizer step.)
-pub(crate) fn hook(var: &Var, param: ParamId, outlet: Outlet) -> Result<Tensor> {
-    let memory = Mutex::new(Some(take(var)?));
-    var.apply_op1(Hook {
-        param,
-        outlet,
-        memory,
-    })
+/// A variable, and the hooked tensor that the model computes with. Neither has memory: it is put into the one or the
+/// other. (A copy in each would go stale at the first optimizer step.)
+pub(crate) fn hooked(
+    shape: &[usize],
+    dtype: DType,
+    param: ParamId,
+    outlet: Outlet,
+) -> Result<(Var, Tensor)> {
+    let empty = Storage::Cpu(allocate(dtype, 0)?);
+    let shell = Tensor::from_storage(empty, shape, BackpropOp::none(), true);
+    let var = Var::from_tensor(&shell)?;
+    let tensor = var.apply_op1(Hook { param, outlet })?;
+    take(&var)?;
+    take(&tensor)?;
+    Ok((var, tensor))
 }
 
 impl CustomOp1 for Hook {
@@ -33,16 +41,8 @@ impl CustomOp1 for Hook {
         "fabric-gradient-ready"
     }
 
-    fn cpu_fwd(&self, _: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        match self
-            .memory
-            .lock()
-            .unwrap_or_else(|held| held.into_inner())
-            .take()
-        {
-            Some(memory) => Ok((memory, layout.shape().clone())),
-            None => bail!("the hook of a parameter runs forward once, when the model is built"),
-        }
+    fn cpu_fwd(&self, empty: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        Ok((empty.clone(), layout.shape().clone()))
     }
 
     fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {

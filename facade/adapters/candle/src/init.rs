@@ -1,27 +1,40 @@
 //! Initial values that a seed decides: candle's own random numbers on the CPU cannot be seeded.
 
-use candle_core::{DType, Device, Error, Result, Shape, Tensor};
+use candle_core::{CpuStorage, Error, Result, Shape, bail};
 use candle_nn::{Init, init::NormalOrUniform};
+use half::{bf16, f16};
 use rand::Rng;
 use rand_distr::{Distribution, Normal, Uniform};
 
-/// The first value of the parameter called `name`, a pure function of (seed, name, shape, init). The values are drawn
-/// as f64 and rounded once to `dtype`.
-pub(crate) fn value(
+/// How a parameter's first values are drawn, now or later: decided when it is made, also by which seed.
+#[derive(Clone, Copy)]
+pub(crate) struct First {
     init: Init,
-    name: &str,
-    shape: &Shape,
-    dtype: DType,
-    device: &Device,
-) -> Result<Tensor> {
-    let seed = fabric::seed::current().unwrap_or(0);
-    let stream = name.bytes().map(u64::from).collect::<Vec<_>>();
-    let mut rng = fabric::seed::rng(fabric::seed::derive(seed, &stream));
-    let law = Law::of(init, shape)?;
-    let values = (0..shape.elem_count())
-        .map(|_| law.sample(&mut rng))
-        .collect::<Vec<f64>>();
-    Tensor::from_vec(values, shape, device)?.to_dtype(dtype)
+    seed: u64,
+}
+
+impl First {
+    pub(crate) fn new(init: Init) -> Self {
+        let seed = fabric::seed::current().unwrap_or(0);
+        Self { init, seed }
+    }
+
+    /// Write the first values of the parameter called `name`, a pure function of (seed, name, shape, init). Each is drawn
+    /// as f64 and rounded once to the memory's type.
+    pub(crate) fn fill(self, memory: &mut CpuStorage, name: &str, shape: &Shape) -> Result<()> {
+        let stream = name.bytes().map(u64::from).collect::<Vec<_>>();
+        let mut rng = fabric::seed::rng(fabric::seed::derive(self.seed, &stream));
+        let law = Law::of(self.init, shape)?;
+        let mut draw = || law.sample(&mut rng);
+        match memory {
+            CpuStorage::F64(values) => values.fill_with(draw),
+            CpuStorage::F32(values) => values.fill_with(|| draw() as f32),
+            CpuStorage::F16(values) => values.fill_with(|| f16::from_f64(draw())),
+            CpuStorage::BF16(values) => values.fill_with(|| bf16::from_f64(draw())),
+            _ => bail!("'{name}' has no memory for its first values"),
+        }
+        Ok(())
+    }
 }
 
 /// The distribution of a parameter's first values.

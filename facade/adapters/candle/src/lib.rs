@@ -31,17 +31,32 @@
 //! [`CandleModel::with_vars`], which swaps the memory in and out without a copy. There is no `VarMap`, and one that is
 //! made of these shells saves empty tensors: use `fabric.save`.
 //!
+//! # Sharded parameters
+//!
+//! A [`Unit`], declared in a block's constructor and run in its forward, is what a strategy that shards parameters gathers
+//! and drops: outside it, in forward and in backward, its parameters have no memory, and a use of them is an error.
+//! [`build_deferred`] builds a model that has no memory at all before `fabric.setup`. A view of a weight (`weight.t()`) sees
+//! its memory come and go; a copy in the graph (`contiguous()`, `to_dtype`, `broadcast_matmul` of a weight that it must
+//! repeat) stays there until the backward.
+//!
 //! # Operations that cut gradients
 //!
 //! Some of candle's fused operations have no backward and cut the gradient without a word: [`UNUSED_HINT`] names them.
 //! Fabric warns after the first step of parameters that no gradient reached.
 #![forbid(unsafe_code)]
 
+mod away;
+mod backend;
+mod checkpoint;
 mod hook;
 mod init;
 mod model;
 mod optim;
+mod pool;
+mod shelf;
 mod storage;
+mod unit;
 
-pub use model::{CandleModel, Loss, UNUSED_HINT, build};
+pub use model::{CandleModel, Loss, UNUSED_HINT, build, build_deferred};
 pub use optim::CandleOptimizer;
+pub use unit::Unit;

@@ -12,7 +12,7 @@ use fabric_engine::{
     kernels::{self, Dtype, Element, Span, SpanMut},
 };
 
-use crate::model::{CandleModel, Shelf};
+use crate::{model::CandleModel, shelf::Shelf};
 
 /// An optimizer of candle's (`candle_nn::SGD`, `candle_nn::AdamW`, or any other that implements its trait). Its state is
 /// its own secret: to save and restore it, use `fabric::optim`'s optimizers instead.
@@ -39,7 +39,7 @@ impl<O: candle_nn::Optimizer> CandleOptimizer<O> {
 
 impl<O: candle_nn::Optimizer + Send> Optimizer for CandleOptimizer<O> {
     fn step(&mut self, model: &dyn Model, grads: &Gradients<'_>) -> EngineResult<()> {
-        if !self.shelf.is_set_up() {
+        if self.shelf.events().is_none() {
             return Err(Error::argument(
                 "this optimizer has the variables of another model, which was not set up",
                 "Make it from the model that it is set up with: CandleOptimizer::new(&model, ...)",
@@ -57,6 +57,7 @@ impl<O: candle_nn::Optimizer + Send> Optimizer for CandleOptimizer<O> {
                 "Use fabric::optim's optimizers where ranks update shards (zero1), and make each from its own model",
             ));
         }
+        self.shelf.need_all()?;
         let inner = &mut self.inner;
         self.shelf
             .with_vars(|params| {

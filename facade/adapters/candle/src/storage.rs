@@ -12,6 +12,9 @@ use fabric_engine::{
     buffer::Buffer,
     kernels::{Dtype, Span, SpanMut},
 };
+use half::{bf16, f16};
+
+use crate::away;
 
 /// The engine's name of a candle type.
 pub(crate) fn dtype_of(dtype: DType) -> Result<Dtype> {
@@ -113,7 +116,8 @@ impl Buffer for Open<'_> {
     }
 }
 
-type Visit<'a> = dyn FnMut(&mut dyn Buffer) -> EngineResult<()> + 'a;
+/// What is done with an open buffer.
+pub(crate) type Visit<'a> = dyn FnMut(&mut dyn Buffer) -> EngineResult<()> + 'a;
 
 /// Call `f` with the memory of a CPU tensor.
 pub(crate) fn open(tensor: &Tensor, f: &mut Visit<'_>) -> EngineResult<()> {
@@ -150,18 +154,27 @@ pub(crate) fn open(tensor: &Tensor, f: &mut Visit<'_>) -> EngineResult<()> {
     opening.result.into_inner()
 }
 
-/// Take the memory out of a CPU tensor, which keeps its shape and is an empty shell from now on.
-pub(crate) fn take(tensor: &Tensor) -> Result<CpuStorage> {
-    let empty = match tensor.dtype() {
-        DType::F64 => CpuStorage::F64(Vec::new()),
-        DType::F32 => CpuStorage::F32(Vec::new()),
-        DType::F16 => CpuStorage::F16(Vec::new()),
-        DType::BF16 => CpuStorage::BF16(Vec::new()),
+/// New memory of zeros, in a type that parameters can have.
+pub(crate) fn allocate(dtype: DType, len: usize) -> Result<CpuStorage> {
+    Ok(match dtype {
+        DType::F64 => CpuStorage::F64(vec![0.0; len]),
+        DType::F32 => CpuStorage::F32(vec![0.0; len]),
+        DType::F16 => CpuStorage::F16(vec![f16::ZERO; len]),
+        DType::BF16 => CpuStorage::BF16(vec![bf16::ZERO; len]),
         other => bail!(
             "trainable parameters of type {other:?} are not supported: use f32, f64, bf16 or f16"
         ),
-    };
-    exchange(tensor, empty)
+    })
+}
+
+/// Take the memory out of a CPU tensor, which keeps its shape; using it is an error from now on.
+pub(crate) fn take(tensor: &Tensor) -> Result<CpuStorage> {
+    exchange(tensor, away::mark())
+}
+
+/// A copy of a tensor's values: row-major, in memory of its own.
+pub(crate) fn copy(tensor: &Tensor) -> Result<CpuStorage> {
+    take(&tensor.detach().force_contiguous()?)
 }
 
 /// Put memory into a shell.

@@ -1,14 +1,20 @@
 //! Candle models under Fabric, held to what candle does by itself. Method: ranks are threads, models are tiny, and the
 //! oracle is a plain candle model with a copy of the same weights.
 
+#[path = "candle/absence.rs"]
+mod absence;
 #[path = "candle/example.rs"]
 mod example;
 #[path = "candle/gradients.rs"]
 mod gradients;
 #[path = "../examples/gpt/model.rs"]
 mod model;
+#[path = "candle/puppet.rs"]
+mod puppet;
 #[path = "candle/training.rs"]
 mod training;
+#[path = "candle/units.rs"]
+mod units;
 #[path = "candle/variables.rs"]
 mod variables;
 
@@ -77,10 +83,15 @@ fn build_with<M>(
     dtype: DType,
     f: impl FnOnce(VarBuilder<'static>) -> CandleResult<M>,
 ) -> Result<CandleModel<M>> {
+    seeded(seed, || Ok(build(&CPU, dtype, f)?))
+}
+
+/// Run `f` with a seed.
+fn seeded<T>(seed: u64, f: impl FnOnce() -> Result<T>) -> Result<T> {
     static TURN: Mutex<()> = Mutex::new(());
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     Fabric::seed_everything(Some(seed))?;
-    Ok(build(&CPU, dtype, f)?)
+    f()
 }
 
 /// The oracle: the same model from a `VarMap` of candle's, with a copy of `model`'s values.

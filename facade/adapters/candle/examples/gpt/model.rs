@@ -1,8 +1,9 @@
 //! A small GPT over bytes, in plain candle-nn: pre-norm blocks, learned positions, the embedding shared with the head.
-//! Every operation in it has a backward.
+//! Every operation in it has a backward. Each block is a unit, so that a strategy can shard its parameters.
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::{Init, Linear, Module, RmsNorm, VarBuilder, ops, rms_norm};
+use fabric_candle::Unit;
 
 /// Sizes of a model.
 #[derive(Clone, Copy, Debug)]
@@ -17,14 +18,15 @@ pub struct Config {
 pub const BYTES: usize = 256;
 
 pub struct Gpt {
-    tokens: Tensor,    // f32[BYTES, width]: the embedding, and the head
-    positions: Tensor, // f32[context, width]
+    tokens: Tensor,    // [BYTES, width]: the embedding, and the head
+    positions: Tensor, // [context, width]
     blocks: Vec<Block>,
     norm: RmsNorm,
-    mask: Tensor, // f32[context, context]: 0 where a byte may look, -inf where it may not
+    mask: Tensor, // [context, context]: 0 where a byte may look, -inf where it may not
 }
 
 struct Block {
+    unit: Unit,
     norm1: RmsNorm,
     query_key_value: Linear,
     project: Linear,
@@ -65,7 +67,7 @@ impl Gpt {
         })
     }
 
-    /// input: u32[batch, time] -> f32[batch * time, BYTES], one row of logits a byte.
+    /// input: u32[batch, time] -> [batch * time, BYTES], one row of logits a byte.
     pub fn logits(&self, input: &Tensor) -> Result<Tensor> {
         let (batch, time) = input.dims2()?;
         let width = self.tokens.dim(1)?;
@@ -86,7 +88,7 @@ impl Gpt {
 
     /// The mean cross-entropy in nats of predicting `target` after `input`, both u32[batch, time].
     pub fn loss(&self, input: &Tensor, target: &Tensor) -> Result<Tensor> {
-        candle_nn::loss::cross_entropy(&self.logits(input)?, &target.flatten_all()?)
+        candle_nn::loss::cross_entropy(&wide(&self.logits(input)?)?, &target.flatten_all()?)
     }
 }
 
@@ -96,6 +98,7 @@ impl Block {
         // GPT-2's rule: what is added to the stream 2 x layers times starts smaller.
         let into_stream = 0.02 / (2.0 * config.layers as f64).sqrt();
         Ok(Self {
+            unit: Unit::new(&vb)?,
             norm1: rms_norm(width, 1e-5, vb.pp("norm1"))?,
             query_key_value: linear(width, 3 * width, 0.02, vb.pp("query_key_value"))?,
             project: linear(width, width, into_stream, vb.pp("project"))?,
@@ -107,6 +110,10 @@ impl Block {
     }
 
     fn forward(&self, x: &Tensor, mask: &Tensor) -> Result<Tensor> {
+        self.unit.run(x, |x| self.compute(x, mask))
+    }
+
+    fn compute(&self, x: &Tensor, mask: &Tensor) -> Result<Tensor> {
         let x = (x + self.attend(&self.norm1.forward_diff(x)?, mask)?)?;
         // Squared ReLU (So et al. 2021, "Primer"): candle's backward of GELU takes twenty passes and two powers an element,
         // and a whole step of this model with it 1.5 times as long.
@@ -130,9 +137,18 @@ impl Block {
         };
         let (query, key, value) = ((part(0)? / (size as f64).sqrt())?, part(1)?, part(2)?);
         let scores = query.matmul(&key.t()?)?.broadcast_add(mask)?;
-        let mixed = ops::softmax(&scores, 3)?.matmul(&value)?;
+        let shares = ops::softmax(&wide(&scores)?, 3)?.to_dtype(value.dtype())?;
+        let mixed = shares.matmul(&value)?;
         self.project
             .forward(&mixed.transpose(1, 2)?.reshape((batch, time, width))?)
+    }
+}
+
+/// In f32 at least: sums of exponentials want more digits than bf16 and f16 have.
+fn wide(tensor: &Tensor) -> Result<Tensor> {
+    match tensor.dtype() {
+        DType::BF16 | DType::F16 => tensor.to_dtype(DType::F32),
+        _ => Ok(tensor.clone()),
     }
 }
 

@@ -18,13 +18,13 @@ fn mlp() -> CandleModel<Mlp> {
     build_with(3, DType::F32, Mlp::new).unwrap()
 }
 
-/// The address and length of an f32 tensor's memory.
-fn memory(tensor: &Tensor) -> (*const f32, usize) {
+/// The address and length of an f32 tensor's memory, if it has some.
+fn memory(tensor: &Tensor) -> Option<(*const f32, usize)> {
     let (storage, _) = tensor.storage_and_layout();
-    let Storage::Cpu(CpuStorage::F32(values)) = &*storage else {
-        panic!("f32 on the CPU")
-    };
-    (values.as_ptr(), values.len())
+    match &*storage {
+        Storage::Cpu(CpuStorage::F32(values)) => Some((values.as_ptr(), values.len())),
+        _ => None,
+    }
 }
 
 #[test]
@@ -32,7 +32,7 @@ fn memory_is_moved_to_the_variables_and_back() {
     let model = mlp();
     let weight = model.0[1].weight();
     let before = memory(weight);
-    assert_eq!(before.1, 64);
+    assert_eq!(before.unwrap().1, 64);
     let mut shell = None;
     model
         .with_vars(|vars| {
@@ -41,12 +41,12 @@ fn memory_is_moved_to_the_variables_and_back() {
                 .find(|(name, _)| name == "second.weight")
                 .unwrap();
             assert_eq!(memory(var), before, "the same memory");
-            assert_eq!(memory(weight).1, 0);
+            assert_eq!(memory(weight), None);
             shell = Some(var.clone());
             Ok(())
         })
         .unwrap();
-    assert_eq!(memory(&shell.unwrap()).1, 0, "an empty shell outside");
+    assert_eq!(memory(&shell.unwrap()), None, "an empty shell outside");
     assert_eq!(memory(weight), before, "the same memory");
 }
 
