@@ -175,7 +175,7 @@ impl<T: Element> Backward for PassLoss<'_, T> {
                 let begun = open.iter().position(|(other, _)| other == param);
                 grads.push(match begun {
                     Some(begun) => open.swap_remove(begun).1,
-                    None => vec![T::zeroed(); model.params[param.0].numel()],
+                    None => model.spare.zeros(model.params[param.0].numel()),
                 });
             }
             let input = inputs.pop().unwrap_or_default();
@@ -186,9 +186,12 @@ impl<T: Element> Backward for PassLoss<'_, T> {
             for (param, grad) in link.params.iter().zip(grads).rev() {
                 if earlier.iter().any(|link| link.params.contains(param)) {
                     open.push((*param, grad));
-                } else if model.params[param.0].trainable {
+                    continue;
+                }
+                if model.params[param.0].trainable {
                     events.ready(*param, &grad)?;
                 }
+                model.spare.give(grad);
             }
             if let Some(unit) = link.unit {
                 events.unit(unit, Edge::BackwardLeave)?;

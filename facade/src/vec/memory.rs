@@ -16,8 +16,8 @@ pub(super) enum Slot<T> {
     Away,
 }
 
-/// Vectors that were released, to be taken again: units of one shape take turns with one another's memory, so that a
-/// steady state allocates nothing, and there are never more than were in use at once.
+/// Vectors that were released, to be taken again: units of one shape, and their gradients, take turns with one another's
+/// memory, so that a steady state allocates nothing, and there are never more than were in use at once.
 pub(super) struct Spare<T>(Mutex<Vec<Vec<T>>>);
 
 impl<T> Default for Spare<T> {
@@ -38,6 +38,13 @@ impl<T: Element> Spare<T> {
             Some(index) => spare.swap_remove(index),
             None => vec![T::zeroed(); numel],
         }
+    }
+
+    /// A vector of `numel` zeros.
+    pub(super) fn zeros(&self, numel: usize) -> Vec<T> {
+        let mut values = self.take(numel);
+        values.fill(T::zeroed());
+        values
     }
 
     /// These values, in a vector that was released, if there is one as long: otherwise first values that come and go one
