@@ -359,8 +359,8 @@ fn the_plan_says_what_will_happen() {
         .launch_threads(|fabric| {
             let link = fabric.measure_link()?;
             assert!(link.is_some_and(|link| link.alpha_s > 0.0 && link.bytes_per_s > 0.0));
-            let model = fabric.setup_module(model::<f32>())?;
-            Ok(model.explain(2, link))
+            let (model, optimizer) = fabric.setup(model::<f32>(), AdamW::new(0.1))?;
+            Ok(model.explain(&optimizer, link))
         })
         .unwrap();
     for fact in [

@@ -21,7 +21,7 @@ use fabric_engine::{
     },
 };
 
-use crate::shards::Shards;
+use crate::{fabric::FabricOptimizer, optim::Optimizer, shards::Shards};
 
 pub use fabric_engine::shard::{Edge, ParamId, ParamMeta, UnitId, sequencer::Keep};
 
@@ -171,9 +171,13 @@ impl<M: Model> FabricModule<M> {
     }
 
     /// What will happen and what it costs: units, bytes a rank, collectives and bytes a step, types and the divisor.
-    /// `states`: the vectors that the optimizer keeps beside each parameter (AdamW 2); `link`: what the wire is like, from
-    /// [`crate::Fabric::measure_link`], for the time that no computation can hide.
-    pub fn explain(&self, states: usize, link: Option<Link>) -> String {
+    /// `link` is what the wire is like, from [`crate::Fabric::measure_link`], for the time that no computation can hide.
+    pub fn explain<O: Optimizer>(
+        &self,
+        optimizer: &FabricOptimizer<O>,
+        link: Option<Link>,
+    ) -> String {
+        let states = optimizer.optimizer().states_per_param();
         let sequencer = self.core.sequencer();
         sequencer.plan().explain(&self.core.forecast, states, link)
     }

@@ -36,12 +36,15 @@ type Module = FabricModule<CandleModel<Gpt>>;
 fn main() -> Result<()> {
     let args = Args::parse();
     let (folder, name) = args.folder_and_name();
-    let fabric = Fabric::builder()
+    let mut builder = Fabric::builder()
         .devices_text(&args.devices)
         .strategy(&args.strategy)
         .precision(&args.precision)
-        .logger(CsvLogger::new(folder, &name))
-        .build()?;
+        .logger(CsvLogger::new(folder, &name));
+    if let Some(ranks) = args.group {
+        builder = builder.group(ranks);
+    }
+    let fabric = builder.build()?;
     args.check()?;
     let (train, validation) = text::load(args.data.as_deref(), args.context)?;
     args.check_batch(fabric.devices(), &train)?;
@@ -64,9 +67,11 @@ fn run(fabric: &Fabric, args: &Args, train: &Windows, validation: &Windows) -> R
     let (model, mut optimizer) = fabric.setup(model, AdamW::new(args.lr).weight_decay(0.1))?;
     let (world, entropy) = (fabric.world_size(), text::unigram_entropy(train));
     let parameters: usize = model.params().iter().map(|param| param.numel()).sum();
+    let plan = model.explain(&optimizer, fabric.measure_link()?);
     if fabric.is_global_zero() {
         let strategy = fabric.strategy();
         eprintln!("{parameters} parameters, {world} x cpu, strategy {strategy}");
+        eprintln!("{}", plan.trim_end());
         eprintln!("without context a byte has {entropy:.3} nats: a loss below that is learning");
     }
 
@@ -97,7 +102,7 @@ fn run(fabric: &Fabric, args: &Args, train: &Windows, validation: &Windows) -> R
 struct Trained {
     loss: f64, // the last, over all ranks
     tokens_per_s: f64,
-    spent: Spent, // by one backward
+    spent: Spent, // by one step
 }
 
 /// The training loop.
@@ -122,14 +127,14 @@ fn fit(
         for pair in loader.iter().take((args.max_steps - step) as usize) {
             let (input, target) = pair?;
             optimizer.set_learning_rate(args.lr * schedule(step, args.max_steps));
-            let loss = model.loss(&input, &target)?;
             let before = fabric.spent()?;
+            let loss = model.loss(&input, &target)?;
             fabric.backward(Loss(&loss))?;
-            trained.spent = fabric.spent()? - before;
             let own = scalar(&loss)?;
             drop(loss); // and with it all activations
             fabric.clip_gradients(model, Clip::norm(1.0))?;
             optimizer.step()?;
+            trained.spent = fabric.spent()? - before;
             optimizer.zero_grad();
             step += 1;
             bar.inc(1);

@@ -11,6 +11,7 @@ use crate::{model::Config, text::Windows};
 #[derive(Parser, Clone)]
 #[command(after_help = "Examples:
   gpt --devices 2                                  learn this repository's sources on two processes
+  gpt --devices 4 --strategy hsdp --group 2        two replicas, each in the shards of two processes
   gpt --data book.txt --max-steps 1000 --lr 1e-3   learn a book on one
   gpt --devices 2 --trace out/trace                then open out/trace/rank0.json in a trace viewer
 
@@ -19,12 +20,15 @@ pub struct Args {
     /// Processes: a number, or "auto"
     #[arg(long, default_value = "auto")]
     pub devices: String,
-    /// single, ddp, zero1 or auto
+    /// single, ddp, zero1, zero2, fsdp, hsdp or auto
     #[arg(long, default_value = "auto")]
     pub strategy: String,
-    /// 32-true or 64-true
+    /// 32-true, 64-true, bf16-true, 16-true, bf16-mixed or 16-mixed; candle multiplies small types slowly on a CPU
     #[arg(long, default_value = "32-true")]
     pub precision: String,
+    /// Processes that share the work of one replica, under hsdp
+    #[arg(long)]
+    pub group: Option<usize>,
     /// Optimizer steps
     #[arg(long, default_value_t = 300)]
     pub max_steps: u64,
