@@ -10,6 +10,7 @@ mod fsdp;
 mod mixed;
 mod optim;
 mod parity;
+mod planner;
 mod plans;
 mod process;
 mod puppet;

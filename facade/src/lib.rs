@@ -30,6 +30,7 @@ pub mod launch;
 pub mod logger;
 pub mod model;
 pub mod optim;
+pub mod planner;
 pub mod precision;
 pub mod resolve;
 pub mod seed;

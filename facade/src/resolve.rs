@@ -145,6 +145,17 @@ fn accelerator(name: Option<&str>, reasons: &mut Vec<String>) -> Result<&'static
     Ok("cpu")
 }
 
+/// The strategy of this name.
+pub(crate) fn row(name: &str) -> Result<Row> {
+    Row::named(name).ok_or_else(|| {
+        let known = ROWS.map(|row| row.name).join(", ");
+        Error::argument(
+            format!("strategy '{name}' is not known"),
+            format!("Choose one of auto, {known}"),
+        )
+    })
+}
+
 fn strategy(name: Option<&str>, devices: usize, reasons: &mut Vec<String>) -> Result<Row> {
     let name = name.unwrap_or("auto").trim();
     if name.eq_ignore_ascii_case("auto") {
@@ -155,13 +166,7 @@ fn strategy(name: Option<&str>, devices: usize, reasons: &mut Vec<String>) -> Re
         reasons.push(format!("strategy = {}: \"auto\" with {why}", row.name));
         return Ok(row);
     }
-    let Some(row) = Row::named(name) else {
-        let known = ROWS.map(|row| row.name).join(", ");
-        return Err(Error::argument(
-            format!("strategy '{name}' is not known"),
-            format!("Choose one of auto, {known}"),
-        ));
-    };
+    let row = row(name)?;
     if row == SINGLE && devices > 1 {
         return Err(Error::argument(
             format!("strategy 'single' with {devices} devices"),

@@ -81,6 +81,24 @@ impl Plan {
                 self.buckets().len()
             ),
         );
+        let unit = |unit: usize| {
+            let own = self.buckets().iter();
+            let own = own.filter(|bucket| bucket.unit.is_some_and(|other| other.0 == unit));
+            own.map(|bucket| bucket.layout.numel()).sum::<usize>()
+        };
+        let largest = (0..self.units().len()).max_by_key(|index| unit(*index));
+        if let Some(largest) = largest.filter(|index| unit(*index) > 0) {
+            let root = numel - (0..self.units().len()).map(unit).sum::<usize>();
+            line(
+                text,
+                format!(
+                    "  the largest unit, '{}', has {}; {} are in none and stay whole",
+                    self.units()[largest],
+                    count_text(unit(largest)),
+                    count_text(root)
+                ),
+            );
+        }
         let mut kinds: Vec<String> = Vec::new();
         for bucket in self.buckets() {
             let kind = match bucket.trainable {
