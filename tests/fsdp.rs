@@ -3,7 +3,7 @@
 
 use fabric::{
     Clip, Fabric, Result,
-    engine::shard::plan::{Accumulate, Options, Reshard},
+    engine::shard::plan::{Accumulate, Options, Reshard, ShardBy},
     model::{Backward, Model, ParamId},
     optim::{AdamW, Sgd},
 };
@@ -388,6 +388,59 @@ fn values_that_are_updated_apart_give_the_same_bits() {
             expected,
             "{strategy}"
         );
+    }
+}
+
+#[test]
+fn parameters_that_are_updated_whole_give_the_same_bits() {
+    let options = Options {
+        shard_by: ShardBy::Tensor,
+        group: Some(2),
+        ..small_buckets()
+    };
+    let expected = oracle(4, 1, Moment::Each, Some(Clip::norm(0.5)));
+    for strategy in ["zero1", "zero2", "fsdp", "hsdp"] {
+        let bits = train(strategy, 4, &options, 1, Some(Clip::norm(0.5)));
+        assert_eq!(bits, expected, "{strategy}");
+        let pieces = fabric(strategy, 4, &options).launch_threads(|fabric| {
+            let plan = fabric.setup_module(model::<f32>())?.plan();
+            let pieces = plan.pieces(fabric.global_rank());
+            for piece in &pieces {
+                assert_eq!(piece.range, 0..plan.param(piece.param).numel(), "whole");
+            }
+            Ok(pieces.len())
+        });
+        let replicas = if strategy == "hsdp" { 2 } else { 1 };
+        let count = pieces.unwrap().iter().sum::<usize>();
+        assert_eq!(count, replicas * 11, "each on one rank of a replica");
+    }
+}
+
+#[test]
+fn frozen_parameters_are_gathered_and_never_move() {
+    let run = |strategy: &str| {
+        let ranks = fabric(strategy, 3, &small_buckets()).launch_threads(|fabric| {
+            let frozen = model::<f32>()
+                .freeze("block.1.weight")
+                .freeze("block.3.bias");
+            let (model, mut optimizer) = fabric.setup(frozen, AdamW::new(0.02))?;
+            let before = read(&model)?;
+            let chain = chain(&model, false);
+            for step in 0..5 {
+                backward(fabric, &model, &chain, fabric.global_rank(), step, 0)?;
+                optimizer.step()?;
+                optimizer.zero_grad();
+            }
+            let after = read(&model)?;
+            assert_ne!(before, after);
+            Ok(after)
+        });
+        ranks.unwrap().swap_remove(0)
+    };
+    let expected = run("ddp");
+    for strategy in ["zero1", "zero2", "fsdp"] {
+        let after = run(strategy);
+        assert_eq!(after, expected, "{strategy}");
     }
 }
 

@@ -17,7 +17,8 @@ use crate::{
 /// One bucket at run time.
 pub struct Bucket {
     plan: BucketPlan,
-    own: Range<usize>, // what this rank keeps of the reduced gradients
+    gaps: Vec<Range<usize>>, // of the layout
+    own: Range<usize>,       // what this rank keeps of the reduced gradients
     whole: Place,
     pooled: bool,       // the whole is lent for a backward, and only the sum is kept
     sum: Option<Place>, // the reduced gradients of `own`, when they are not read from the whole
@@ -66,6 +67,7 @@ impl Bucket {
             Memory::Nothing => (Place::Nowhere, None),
         };
         Self {
+            gaps: plan.layout.gaps(plan.padded).collect(),
             plan,
             own,
             whole,
@@ -163,9 +165,9 @@ impl Bucket {
 
     /// Put zeros where no gradient is: what a rank that did not use a parameter adds to the sum.
     pub(super) fn fill_gaps(&mut self, rank: usize) -> Result<()> {
-        let padding = self.plan.layout.numel()..self.plan.padded;
-        if !padding.is_empty() {
-            let part = self.here(rank)?.part_mut(padding);
+        for index in 0..self.gaps.len() {
+            let gap = self.gaps[index].clone();
+            let part = self.here(rank)?.part_mut(gap);
             kernels::fill(part, 0.0).map_err(Error::kernel(rank, "clear the padding"))?;
         }
         for entry in 0..self.filled.len() {

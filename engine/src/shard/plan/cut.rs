@@ -2,7 +2,7 @@
 
 use fabric_kernels::Dtype;
 
-use super::{BucketPlan, Options};
+use super::{BucketPlan, Options, ShardBy};
 use crate::{
     error::{Error, Result},
     shard::{
@@ -159,19 +159,49 @@ pub(super) fn buckets(
     closed.sort_by_key(|(_, layout)| {
         std::cmp::Reverse(layout.entries().last().map(|(param, _)| *param))
     });
-    let plan = |(key, layout): (Key, Layout)| BucketPlan {
-        axis: key.axis,
-        unit: key.unit,
-        trainable: key.trainable,
-        dtype: key.dtype,
-        param_dtype: key.param_dtype,
-        main_dtype: key.main_dtype,
-        offload: options.offload,
-        padded: match key.axis.shards_update() {
-            true => layout.numel().next_multiple_of(mesh.shards),
-            false => layout.numel(),
-        },
-        layout,
+    let plan = |(key, layout): (Key, Layout)| {
+        let (layout, padded) = match (key.axis.shards_update(), options.shard_by) {
+            (false, _) => (layout.clone(), layout.numel()),
+            (true, ShardBy::Element) => {
+                let padded = layout.numel().next_multiple_of(mesh.shards);
+                (layout, padded)
+            }
+            (true, ShardBy::Tensor) => whole_tensors(&layout, mesh.shards),
+        };
+        BucketPlan {
+            axis: key.axis,
+            unit: key.unit,
+            trainable: key.trainable,
+            dtype: key.dtype,
+            param_dtype: key.param_dtype,
+            main_dtype: key.main_dtype,
+            offload: options.offload,
+            padded,
+            layout,
+        }
     };
     closed.into_iter().map(plan).collect()
+}
+
+/// The same parameters, each within one of `shards` equal slices: the largest first, to whoever has least (Graham 1969).
+fn whole_tensors(layout: &Layout, shards: usize) -> (Layout, usize) {
+    let mut entries = layout.entries().iter().collect::<Vec<_>>();
+    entries.sort_by_key(|(_, range)| std::cmp::Reverse(range.len())); // stable: the same on all ranks
+    let mut slices = vec![(0, Vec::new()); shards];
+    for (param, range) in entries {
+        let least = slices.iter_mut().min_by_key(|(load, _)| *load);
+        let (load, members) = least.expect("a group has a rank");
+        *load += range.len();
+        members.push((*param, range.len()));
+    }
+    let longest = slices.iter().map(|(load, _)| *load).max().unwrap_or(0);
+    let mut packed = Layout::default();
+    for (slice, (_, members)) in slices.into_iter().enumerate() {
+        let mut start = slice * longest;
+        for (param, numel) in members {
+            packed.push_at(param, start, numel);
+            start += numel;
+        }
+    }
+    (packed, longest * shards)
 }

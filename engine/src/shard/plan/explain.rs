@@ -84,7 +84,8 @@ impl Plan {
         let unit = |unit: usize| {
             let own = self.buckets().iter();
             let own = own.filter(|bucket| bucket.unit.is_some_and(|other| other.0 == unit));
-            own.map(|bucket| bucket.layout.numel()).sum::<usize>()
+            own.map(|bucket| bucket.layout.filled(&(0..bucket.padded)))
+                .sum::<usize>()
         };
         let largest = (0..self.units().len()).max_by_key(|index| unit(*index));
         if let Some(largest) = largest.filter(|index| unit(*index) > 0) {

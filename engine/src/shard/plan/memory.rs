@@ -50,7 +50,7 @@ impl Plan {
             }
             if bucket.trainable {
                 bytes.grads += self.grad_bytes(index, bucket, own.len());
-                let real = own.end.min(bucket.layout.numel()).saturating_sub(own.start);
+                let real = bucket.layout.filled(&own);
                 bytes.optim += states * real * bucket.main_dtype.accumulator().size();
             }
         }
@@ -81,7 +81,7 @@ impl Plan {
                 .buckets()
                 .iter()
                 .filter(|bucket| bucket.unit.is_some_and(|other| other.0 == unit));
-            own.map(|bucket| bucket.layout.numel() * bucket.param_dtype.size())
+            own.map(|bucket| bucket.layout.filled(&(0..bucket.padded)) * bucket.param_dtype.size())
                 .sum::<usize>()
         };
         let units = (0..self.units().len()).map(unit);

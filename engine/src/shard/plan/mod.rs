@@ -42,6 +42,8 @@ pub struct Options {
     /// Keep what is updated, and so the optimizer's states, in memory of the host, beside the parameters that the model
     /// computes with, wherever these are (Ren et al. 2021, "ZeRO-Offload").
     pub offload: bool,
+    /// Where ranks own slices: at which borders they may be cut.
+    pub shard_by: ShardBy,
     /// Where only slices of gradients are kept: what a micro-batch without synchronisation does.
     pub accumulate: Accumulate,
     /// Where parameters are sharded: whether a unit's are dropped between its forward and its backward.
@@ -63,6 +65,7 @@ impl Default for Options {
             reduce_dtype: None,
             main_dtype: None,
             offload: false,
+            shard_by: ShardBy::Element,
             accumulate: Accumulate::Reduce,
             reshard_after_forward: Reshard::Yes,
             prefetch: 1,
@@ -70,6 +73,16 @@ impl Default for Options {
             group: None,
         }
     }
+}
+
+/// At which borders slices may be cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ShardBy {
+    /// Anywhere: all slices are as long, to an element.
+    Element,
+    /// Between parameters: each is updated whole by one rank, as an optimizer needs that looks at matrices (Muon, Shampoo).
+    /// Slices are padded to the longest.
+    Tensor,
 }
 
 /// What a micro-batch without synchronisation does with its gradients, where only slices of them are kept.
@@ -418,6 +431,7 @@ impl Plan {
             accumulate,
             reshard_after_forward,
             prefetch,
+            shard_by,
             ..
         } = &self.options;
         let mut facts = vec![
@@ -426,7 +440,8 @@ impl Plan {
                 self.row.name, self.mesh.replicas, self.mesh.shards
             ),
             format!(
-                "accumulate {accumulate:?}, reshard after forward {reshard_after_forward:?}, prefetch {prefetch}"
+                "accumulate {accumulate:?}, reshard after forward {reshard_after_forward:?}, prefetch {prefetch}, shard \
+                 by {shard_by:?}"
             ),
         ];
         facts.extend(self.params.iter().map(|param| {
