@@ -138,6 +138,34 @@ fn two_runs_print_the_same_loss_to_the_last_digit() {
 }
 
 #[test]
+fn every_strategy_and_precision_trains_to_the_same_loss() {
+    let folder = tempfile::tempdir().unwrap();
+    let loss = |strategy: &str, precision: &str| {
+        let out = folder.path().join(format!("{strategy}-{precision}"));
+        let args = [
+            "--devices=2",
+            "--layers=2",
+            "--max-steps=12",
+            "--strategy",
+            strategy,
+            "--precision",
+            precision,
+            "--out",
+            out.to_str().unwrap(),
+        ];
+        let report = report(&gpt(folder.path(), &args));
+        report["train_loss"].as_f64().unwrap()
+    };
+    let exact = loss("ddp", "32-true");
+    for strategy in ["zero1", "zero2", "fsdp", "hsdp"] {
+        assert_eq!(loss(strategy, "32-true"), exact, "{strategy}");
+    }
+    let mixed = loss("ddp", "bf16-mixed");
+    assert_eq!(loss("fsdp", "bf16-mixed"), mixed);
+    assert!((mixed - exact).abs() < 0.01 * exact, "{mixed} and {exact}");
+}
+
+#[test]
 fn one_process_and_two_agree() {
     let folder = tempfile::tempdir().unwrap();
     let loss = |devices: &str| {
