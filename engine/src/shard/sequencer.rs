@@ -713,13 +713,21 @@ impl Sequencer {
         before.map_or(Ok(()), |last| self.arrive(last))
     }
 
-    /// Write a gathered bucket's parameters.
+    /// Write what others have updated of a bucket's parameters.
     fn arrive(&mut self, (index, work, rest): (usize, Work, Rest)) -> Result<()> {
         let slab = work.wait()?.into_output();
+        let own = self.plan.own(index, self.rank);
         for (param, range) in self.plan.buckets()[index].layout.entries() {
-            self.params.with(*param, &mut |buffer| {
-                buffer.write(0..range.len(), slab.part(range.clone()))
-            })?;
+            let before = range.start..range.end.min(own.start);
+            let behind = range.start.max(own.end)..range.end;
+            for part in [before, behind] {
+                if part.start < part.end {
+                    let elements = part.start - range.start..part.end - range.start;
+                    self.params.with(*param, &mut |buffer| {
+                        buffer.write(elements.clone(), slab.part(part.clone()))
+                    })?;
+                }
+            }
         }
         self.units.pool().give(slab, rest);
         Ok(())
