@@ -216,18 +216,13 @@ pub(crate) fn gather_state(
     })
 }
 
+/// A kind has no dot, a parameter's name may: `exp_avg.a.w` is `a.w`'s and not `w`'s.
 fn rows(shards: &Shards, state: &OptimizerState) -> Result<Vec<Row>> {
     let row = |(name, slab): &(String, Slab)| {
-        let found = shards
-            .metas
-            .iter()
-            .zip(&shards.pieces)
-            .find_map(|(meta, piece)| {
-                Some((
-                    name.strip_suffix(meta.name.as_str())?.strip_suffix('.')?,
-                    piece,
-                ))
-            });
+        let found = name.split_once('.').and_then(|(kind, owner)| {
+            let index = shards.metas.iter().position(|meta| meta.name == owner)?;
+            Some((kind, &shards.pieces[index]))
+        });
         let (kind, piece) = found.ok_or_else(|| unknown(name))?;
         Ok(Row {
             kind: kind.into(),
@@ -285,11 +280,9 @@ pub(crate) fn cut_state(shards: &Shards, state: &OptimizerState) -> Result<Optim
     let mut tensors = Vec::new();
     for (name, slab) in &state.tensors {
         let params = shards.model.params();
-        let found = params.iter().enumerate().find_map(|(index, param)| {
-            Some((
-                name.strip_suffix(param.name.as_str())?.strip_suffix('.')?,
-                index,
-            ))
+        let found = name.split_once('.').and_then(|(kind, owner)| {
+            let index = params.iter().position(|param| param.name == owner)?;
+            Some((kind, index))
         });
         let (kind, param) = found.ok_or_else(|| unknown(name))?;
         let own = shards.pieces.iter().zip(&shards.metas);
