@@ -15,6 +15,7 @@ mod plans;
 mod process;
 mod puppet;
 mod ranks;
+mod sharded;
 mod sim;
 mod steps;
 mod strangers;

@@ -372,19 +372,17 @@ fn a_save_that_fails_is_an_error_on_all_ranks_and_leaves_the_old_file() {
     let old = fs::read(&path).unwrap();
     let taken = folder.path().join("taken");
     fs::create_dir_all(taken.join("inside")).unwrap();
-    for bad in [
-        path.join("below a file"),
-        taken.clone(),
-        PathBuf::from("/proc/nobody/x.safetensors"),
+    let rights = "Check the folder's rights";
+    for (bad, hint) in [
+        (path.join("below a file"), rights),
+        (taken.clone(), "something that is no whole checkpoint"),
+        (PathBuf::from("/proc/nobody/x.safetensors"), rights),
     ] {
         let said = failures(2, |fabric| {
             let mut step = 5u64;
             fabric.save(&bad, State::new().value("step", &mut step))
         });
-        all_say(
-            &said,
-            &["cannot write the checkpoint", "Check the folder's rights"],
-        );
+        all_say(&said, &["cannot write the checkpoint", hint]);
         all_say(&said[1..], &["rank 0 could not save"]);
     }
     let mut left = names(folder.path());

@@ -124,9 +124,18 @@ pub(crate) fn failures<T: Send>(
     world: usize,
     body: impl Fn(&Fabric) -> Result<T> + Sync,
 ) -> Vec<String> {
+    failures_of(&ddp(world), body)
+}
+
+/// The same, under any strategy.
+pub(crate) fn failures_of<T: Send>(
+    fabric: &Fabric,
+    body: impl Fn(&Fabric) -> Result<T> + Sync,
+) -> Vec<String> {
+    let world = fabric.devices();
     let said = Mutex::new(vec![None; world]);
     let connected = Barrier::new(world); // else a rank that still connects fails there
-    let outcome = ddp(world).launch_threads(|fabric| {
+    let outcome = fabric.launch_threads(|fabric| {
         let rank = fabric.global_rank();
         connected.wait();
         let result = body(fabric);

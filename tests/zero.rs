@@ -261,6 +261,35 @@ fn a_checkpoint_knows_nothing_of_shards() {
 }
 
 #[test]
+fn a_parameter_whose_name_ends_like_anothers_keeps_its_own_state() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("twins");
+    let twins = || VecModel::new([("w", vec![1f32; 5]), ("a.w", vec![2f32; 8])]);
+    let step = |fabric: &Fabric, steps: std::ops::Range<usize>, save: bool| {
+        let (model, mut optimizer) = fabric.setup(twins(), AdamW::new(0.05))?;
+        if !save {
+            let state = State::new().model("model", &model);
+            fabric.load(&path, state.optimizer("optimizer", &mut optimizer))?;
+        }
+        for step in steps {
+            let grad = |numel: usize| (0..numel).map(|at| (at + step) as f32 / 7.0).collect();
+            fabric.backward(model.gradients(vec![Some(grad(5)), Some(grad(8))]))?;
+            optimizer.step()?;
+            optimizer.zero_grad();
+            if save && step == 1 {
+                let state = State::new().model("model", &model);
+                fabric.save(&path, state.optimizer("optimizer", &mut optimizer))?;
+            }
+        }
+        Ok([model.read("w"), model.read("a.w")])
+    };
+    let zero1 = || fabric("zero1", 2, 1 << 20);
+    let whole = zero1().launch_threads(|fabric| step(fabric, 0..4, true));
+    let rest = zero1().launch_threads(|fabric| step(fabric, 2..4, false));
+    assert_eq!(rest.unwrap(), whole.unwrap());
+}
+
+#[test]
 fn names_of_stage_1_are_understood() {
     assert_eq!(fabric("DeepSpeed_Stage_1", 2, 300).strategy(), "zero1");
 }

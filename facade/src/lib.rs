@@ -37,7 +37,7 @@ pub mod seed;
 mod shards;
 pub mod vec;
 
-pub use checkpoint::State;
+pub use checkpoint::{State, StateDictType};
 pub use error::{Error, Result};
 pub use fabric::{Builder, Clip, Fabric, FabricOptimizer};
 pub use fabric_engine as engine;

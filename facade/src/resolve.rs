@@ -2,8 +2,11 @@
 
 use fabric_engine::shard::placement::{DDP, ROWS, Row, SINGLE};
 
-use crate::error::{Error, Result};
 pub use crate::precision::Precision;
+use crate::{
+    checkpoint::StateDictType,
+    error::{Error, Result},
+};
 
 /// How many devices, or which.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
@@ -51,6 +54,8 @@ pub struct Request {
     pub devices: Devices,
     /// "32-true", "bf16-mixed", ...
     pub precision: Option<String>,
+    /// "full" or "sharded".
+    pub state_dict_type: Option<String>,
 }
 
 /// What will be done.
@@ -64,6 +69,8 @@ pub struct Resolved {
     pub strategy: Row,
     /// The precision.
     pub precision: Precision,
+    /// The form of checkpoints.
+    pub state_dict_type: StateDictType,
     /// Each choice with its reason, a line each.
     pub reasons: Vec<String>,
 }
@@ -115,11 +122,19 @@ pub fn resolve(request: &Request, outside: Option<usize>) -> Result<Resolved> {
             precision
         }
     };
+    let state_dict_type = match request.state_dict_type.as_deref() {
+        None => StateDictType::default(),
+        Some(text) => {
+            reasons.push(format!("state_dict_type = {}: asked for", text.trim()));
+            StateDictType::parse(text)?
+        }
+    };
     Ok(Resolved {
         accelerator,
         devices,
         strategy,
         precision,
+        state_dict_type,
         reasons,
     })
 }

@@ -1,21 +1,16 @@
 //! The pieces of a model that this rank updates, as a model of their own: an optimizer that works on buffers updates
-//! shards as it updates whole parameters. And back again: what all ranks know of their pieces, as whole states.
+//! shards as it updates whole parameters.
 
-use std::{collections::BTreeMap, ops::Range, sync::Arc};
+use std::{collections::HashMap, ops::Range, sync::Arc};
 
 use fabric_engine::{
-    Error, Result,
-    buffer::{Buffer, Slab},
-    comm::Collectives,
+    Result,
+    buffer::Buffer,
     kernels::{Dtype, Span, SpanMut},
-    shard::{SharedComm, mains::Mains, plan::Piece, sequencer::Sequencer},
+    shard::{mains::Mains, plan::Piece, sequencer::Sequencer},
 };
-use serde::{Deserialize, Serialize};
 
-use crate::{
-    model::{Events, Model, ParamId, ParamMeta, UpdateParam},
-    optim::{OptimizerState, STEP},
-};
+use crate::model::{Events, Model, ParamId, ParamMeta, UpdateParam};
 
 /// This rank's pieces: parameter i of this model is piece i.
 pub(crate) struct Shards {
@@ -24,6 +19,8 @@ pub(crate) struct Shards {
     pieces: Vec<Piece>,
     places: Vec<Place>, // by piece
     metas: Vec<ParamMeta>,
+    by_name: HashMap<String, usize>,
+    are_slices: Vec<bool>, // by piece: other ranks update other elements of the bucket
 }
 
 /// Where the values of a piece are.
@@ -65,10 +62,17 @@ impl Shards {
                 (true, false) => Place::Both(range),
             }
         };
+        let is_slice = |piece: &Piece| plan.buckets()[piece.bucket].axis.shards_update();
+        let metas: Vec<_> = pieces.iter().map(meta).collect();
+        let names = metas.iter().enumerate();
         Some(Self {
             model: model.clone(),
             mains: sequencer.mains(),
-            metas: pieces.iter().map(meta).collect(),
+            by_name: names
+                .map(|(index, meta)| (meta.name.clone(), index))
+                .collect(),
+            are_slices: pieces.iter().map(is_slice).collect(),
+            metas,
             places: pieces.iter().map(place).collect(),
             pieces,
         })
@@ -77,6 +81,16 @@ impl Shards {
     /// The pieces.
     pub(crate) fn pieces(&self) -> &[Piece] {
         &self.pieces
+    }
+
+    /// The number of the piece called `name`.
+    pub(crate) fn find(&self, name: &str) -> Option<usize> {
+        self.by_name.get(name).copied()
+    }
+
+    /// Whether other ranks do not update this piece too, or only those of other replicas do.
+    pub(crate) fn is_slice(&self, piece: usize) -> bool {
+        self.are_slices[piece]
     }
 }
 
@@ -166,153 +180,4 @@ impl Buffer for Part<'_> {
     fn span_mut(&mut self) -> Option<SpanMut<'_>> {
         Some(self.whole.span_mut()?.into_slice(self.range.clone()))
     }
-}
-
-/// One rank's state of one piece, on its way to rank 0.
-#[derive(Serialize, Deserialize)]
-struct Row {
-    kind: String,
-    param: usize,
-    range: Range<usize>,
-    dtype: u8,
-    #[serde(with = "serde_bytes")]
-    bytes: Vec<u8>,
-}
-
-/// All ranks' states of pieces as the state of whole parameters; the same on all ranks.
-pub(crate) fn gather_state(
-    shards: &Shards,
-    state: Result<OptimizerState>,
-    comm: &SharedComm,
-) -> Result<OptimizerState> {
-    let mine = state.and_then(|state| Ok((state.steps, rows(shards, &state)?)));
-    let packed = match &mine {
-        Ok((steps, rows)) => rmp_serde::to_vec(&(steps, rows)),
-        Err(_) => rmp_serde::to_vec(&(0u64, Vec::<Row>::new())),
-    };
-    let packed = packed.map_err(|error| Error::library("pack an optimizer's state", error))?;
-    let all = comm.lock().all_gather_bytes(&packed)?;
-    mine?; // the others fail alike: all have the same optimizer
-    let mut whole = Whole {
-        shards,
-        steps: 0,
-        tensors: BTreeMap::new(),
-    };
-    for bytes in all {
-        let (steps, rows): (u64, Vec<Row>) = rmp_serde::from_slice(&bytes)
-            .map_err(|error| Error::library("read another rank's optimizer state", error))?;
-        whole.steps = whole.steps.max(steps);
-        rows.into_iter().try_for_each(|row| whole.put(row))?;
-    }
-    let tensors = whole.tensors.into_iter().map(|((kind, param), slab)| {
-        (
-            format!("{kind}.{}", shards.model.params()[param].name),
-            slab,
-        )
-    });
-    Ok(OptimizerState {
-        steps: whole.steps,
-        tensors: tensors.collect(),
-    })
-}
-
-fn rows(shards: &Shards, state: &OptimizerState) -> Result<Vec<Row>> {
-    let row = |(name, slab): &(String, Slab)| {
-        let found = shards
-            .metas
-            .iter()
-            .zip(&shards.pieces)
-            .find_map(|(meta, piece)| {
-                Some((
-                    name.strip_suffix(meta.name.as_str())?.strip_suffix('.')?,
-                    piece,
-                ))
-            });
-        let (kind, piece) = found.ok_or_else(|| unknown(name))?;
-        Ok(Row {
-            kind: kind.into(),
-            param: piece.param.0,
-            range: piece.range.clone(),
-            dtype: slab.dtype().code(),
-            bytes: slab.as_bytes().to_vec(),
-        })
-    };
-    state.tensors.iter().map(row).collect()
-}
-
-fn unknown(name: &str) -> Error {
-    Error::argument(
-        format!("an optimizer's state has '{name}', which belongs to no parameter"),
-        "Name states `kind.parameter`",
-    )
-}
-
-/// States of whole parameters, as they are put together.
-struct Whole<'a> {
-    shards: &'a Shards,
-    steps: u64,
-    tensors: BTreeMap<(String, usize), Slab>,
-}
-
-impl Whole<'_> {
-    fn put(&mut self, row: Row) -> Result<()> {
-        let misfit = || unknown(&format!("{} of parameter {}", row.kind, row.param));
-        let param = self
-            .shards
-            .model
-            .params()
-            .get(row.param)
-            .ok_or_else(misfit)?;
-        let dtype = Dtype::from_code(row.dtype).ok_or_else(misfit)?;
-        // A counter is the parameter's, not an element's.
-        let (numel, range) = match row.kind.as_str() {
-            STEP => (1, 0..1),
-            _ => (param.numel(), row.range.clone()),
-        };
-        if range.end > numel || row.bytes.len() != range.len() * dtype.size() {
-            return Err(misfit());
-        }
-        let slab = self.tensors.entry((row.kind.clone(), row.param));
-        let slab = slab.or_insert_with(|| Slab::zeroed(dtype, numel));
-        let bytes = range.start * dtype.size()..range.end * dtype.size();
-        slab.as_bytes_mut()[bytes].copy_from_slice(&row.bytes);
-        Ok(())
-    }
-}
-
-/// This rank's part of a state of whole parameters.
-pub(crate) fn cut_state(shards: &Shards, state: &OptimizerState) -> Result<OptimizerState> {
-    let mut tensors = Vec::new();
-    for (name, slab) in &state.tensors {
-        let params = shards.model.params();
-        let found = params.iter().enumerate().find_map(|(index, param)| {
-            Some((
-                name.strip_suffix(param.name.as_str())?.strip_suffix('.')?,
-                index,
-            ))
-        });
-        let (kind, param) = found.ok_or_else(|| unknown(name))?;
-        let own = shards.pieces.iter().zip(&shards.metas);
-        for (piece, meta) in own.filter(|(piece, _)| piece.param.0 == param) {
-            let range = if kind == STEP {
-                0..1
-            } else {
-                piece.range.clone()
-            };
-            if range.end > slab.numel() {
-                return Err(Error::argument(
-                    format!("the saved '{name}' has {} elements, too few", slab.numel()),
-                    "Load the checkpoint of the same model",
-                ));
-            }
-            let mut part = Slab::zeroed(slab.dtype(), range.len());
-            let bytes = range.start * slab.dtype().size()..range.end * slab.dtype().size();
-            part.as_bytes_mut().copy_from_slice(&slab.as_bytes()[bytes]);
-            tensors.push((format!("{kind}.{}", meta.name), part));
-        }
-    }
-    Ok(OptimizerState {
-        steps: state.steps,
-        tensors,
-    })
 }

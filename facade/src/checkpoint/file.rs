@@ -1,324 +1,229 @@
-//! The file of a checkpoint: safetensors with every tensor, and every other value as JSON in its metadata. It is written
-//! beside its place, synced and renamed, so that it is there whole or not at all.
+//! One safetensors file, written from front to back while its tensors are read elsewhere, and looked into without reading
+//! them. The library would write a file only from tensors that cannot fail to be read, and read one only whole.
 
 use std::{
-    borrow::Cow,
-    collections::{HashMap, VecDeque},
-    fs, io,
-    os::unix::fs::PermissionsExt,
-    path::Path,
+    collections::{HashMap, HashSet},
+    fs,
+    io::{self, BufWriter, Write},
+    os::unix::fs::FileExt,
 };
 
-use fabric_engine::{
-    buffer::Slab,
-    kernels::{self, Dtype},
-    shard::ParamId,
-};
-use safetensors::{
-    SafeTensors,
-    tensor::{Dtype as TensorDtype, TensorView, View},
-};
-use serde_json::Value;
+use fabric_engine::kernels::Dtype;
+use safetensors::tensor::{Metadata, TensorInfo};
 
-use super::{Entry, State};
-use crate::{
-    error::{Error, Result},
-    model::Core,
-    optim::OptimizerState,
-};
+use super::dtype::tensor_dtype;
 
-const VALUES: &str = "fabric"; // the metadata key under which the values are
+const MOST_HEADER_BYTES: u64 = 100_000_000; // what every reader takes
+const LENGTH_BYTES: u64 = 8; // the header's length stands in front of it
+const BUFFER_BYTES: usize = 1 << 20;
 
-/// A tensor on its way into a file.
-struct Tensor {
-    slab: Slab,
-    shape: Vec<usize>,
-    dtype: TensorDtype,
+/// A tensor that a file is to hold.
+#[derive(Clone, Debug)]
+pub(super) struct Item {
+    pub(super) key: String,
+    pub(super) dtype: Dtype,
+    pub(super) shape: Vec<usize>,
 }
 
-impl View for &Tensor {
-    fn dtype(&self) -> TensorDtype {
-        self.dtype
-    }
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-    fn data(&self) -> Cow<'_, [u8]> {
-        self.slab.as_bytes().into()
-    }
-    fn data_len(&self) -> usize {
-        self.slab.bytes()
+impl Item {
+    /// Its place among others, which is safetensors' own order: the types with the strictest alignment first.
+    pub(super) fn order(&self, other: &Self) -> std::cmp::Ordering {
+        let by_dtype = tensor_dtype(other.dtype).cmp(&tensor_dtype(self.dtype));
+        by_dtype.then_with(|| self.key.cmp(&other.key))
     }
 }
 
-/// `states`: the optimizers', in the order of the entries.
-pub(super) fn write(
-    path: &Path,
-    state: &State<'_>,
-    mut states: VecDeque<OptimizerState>,
-) -> Result<()> {
-    state.check_names()?;
-    let (mut tensors, mut values) = (Vec::new(), serde_json::Map::new());
-    for (name, entry) in &state.0 {
-        match entry {
-            Entry::Model(core) => model_tensors(name, core, &mut tensors)?,
-            Entry::Optimizer(_) => {
-                let OptimizerState {
-                    steps,
-                    tensors: states,
-                } = states.pop_front().expect("a state for each optimizer");
-                values.insert(name.clone(), steps.into());
-                for (kind, slab) in states {
-                    let (shape, dtype) = (vec![slab.numel()], tensor_dtype(slab.dtype())?);
-                    tensors.push((format!("{name}.{kind}"), Tensor { slab, shape, dtype }));
-                }
+/// A file that is being written.
+pub(super) struct Writer {
+    out: BufWriter<fs::File>,
+    due: u64, // bytes that the header promises and that have not come
+}
+
+impl Writer {
+    /// Begin with the header. The bytes of `items` follow, in this order.
+    pub(super) fn new<'a>(
+        file: fs::File,
+        items: impl Iterator<Item = &'a Item>,
+        metadata: Option<HashMap<String, String>>,
+    ) -> io::Result<Self> {
+        let (mut offset, mut seen, mut infos) = (0, HashSet::new(), Vec::new());
+        for item in items {
+            if !seen.insert(&item.key) {
+                let what = format!("two tensors would be called '{}'", item.key);
+                return Err(io::Error::other(what));
             }
-            Entry::Value(value) => {
-                values.insert(name.clone(), value.to_json(name)?);
-            }
+            let bytes = item.shape.iter().product::<usize>() * item.dtype.size();
+            let info = TensorInfo {
+                dtype: tensor_dtype(item.dtype),
+                shape: item.shape.clone(),
+                data_offsets: (offset, offset + bytes),
+            };
+            offset += bytes;
+            infos.push((item.key.clone(), info));
         }
-    }
-    let metadata = HashMap::from([(VALUES.to_string(), Value::Object(values).to_string())]);
-    let views = tensors.iter().map(|(name, tensor)| (name, tensor));
-    replace(path, |temporary| {
-        safetensors::serialize_to_file(views, Some(metadata), temporary).map_err(io::Error::other)
-    })
-}
-
-fn model_tensors(name: &str, core: &Core, tensors: &mut Vec<(String, Tensor)>) -> Result<()> {
-    for (index, param) in core.model.params().iter().enumerate() {
-        let mut slab = Slab::zeroed(param.dtype, param.numel());
-        core.model.with(ParamId(index), &mut |buffer| {
-            buffer.read(0..param.numel(), slab.part_mut(0..param.numel()))
-        })?;
-        let (shape, dtype) = (param.shape.clone(), tensor_dtype(param.dtype)?);
-        tensors.push((
-            format!("{name}.{}", param.name),
-            Tensor { slab, shape, dtype },
-        ));
-    }
-    Ok(())
-}
-
-/// Write a file beside `path`, sync it, and rename it over `path`.
-fn replace(path: &Path, fill: impl FnOnce(&Path) -> io::Result<()>) -> Result<()> {
-    let folder = path
-        .parent()
-        .filter(|folder| !folder.as_os_str().is_empty());
-    let folder = folder.unwrap_or(Path::new("."));
-    let failed = |error: io::Error| {
-        Error::argument(
-            format!("cannot write the checkpoint {}: {error}", path.display()),
-            "Check the folder's rights and the space on its disk",
-        )
-    };
-    fs::create_dir_all(folder).map_err(failed)?;
-    let temporary = tempfile::Builder::new()
-        .prefix(".fabric-")
-        .permissions(fs::Permissions::from_mode(0o666)) // less the umask
-        .tempfile_in(folder)
-        .map_err(failed)?;
-    let mode = temporary
-        .as_file()
-        .metadata()
-        .map_err(failed)?
-        .permissions();
-    fill(temporary.path()).map_err(failed)?;
-    // The writer may have put a private file of its own in place of ours; others may read this one as any other file.
-    fs::set_permissions(temporary.path(), mode).map_err(failed)?;
-    fs::File::open(temporary.path())
-        .and_then(|file| file.sync_all())
-        .map_err(failed)?;
-    temporary
-        .persist(path)
-        .map_err(|error| failed(error.error))?;
-    fs::File::open(folder)
-        .and_then(|folder| folder.sync_all())
-        .map_err(failed)
-}
-
-/// A checkpoint in memory.
-pub(super) struct File {
-    bytes: Vec<u8>,
-    values: HashMap<String, Value>,
-}
-
-pub(super) fn read(path: &Path) -> Result<File> {
-    let bytes = fs::read(path).map_err(|error| {
-        Error::argument(
-            format!("cannot read the checkpoint {}: {error}", path.display()),
-            "Give the path that was given to fabric.save",
-        )
-    })?;
-    let broken = |what: String| {
-        Error::argument(
-            format!(
-                "{} is no checkpoint of this library: {what}",
-                path.display()
-            ),
-            "Give the path that was given to fabric.save",
-        )
-    };
-    let (_, metadata) =
-        SafeTensors::read_metadata(&bytes).map_err(|error| broken(error.to_string()))?;
-    let values = metadata
-        .metadata()
-        .as_ref()
-        .and_then(|metadata| metadata.get(VALUES));
-    let values = values.ok_or_else(|| broken("its metadata has no values".into()))?;
-    let values = serde_json::from_str(values).map_err(|error| broken(error.to_string()))?;
-    SafeTensors::deserialize(&bytes).map_err(|error| broken(error.to_string()))?;
-    Ok(File { bytes, values })
-}
-
-impl File {
-    fn tensors(&self) -> Result<SafeTensors<'_>> {
-        Ok(SafeTensors::deserialize(&self.bytes)?)
-    }
-
-    /// Does everything in `state` stand in the file, and fit? What is to be loaded, by entry.
-    pub(super) fn fit(&self, state: &State<'_>) -> Result<Vec<Fitted>> {
-        state.check_names()?;
-        let tensors = self.tensors()?;
-        let fit = |(name, entry): &(String, Entry<'_>)| {
-            let value = || self.values.get(name).ok_or_else(|| absent(name));
-            match entry {
-                Entry::Model(core) => fit_model(name, core, &tensors).map(|()| Fitted::Model),
-                Entry::Optimizer(optimizer) => {
-                    let state = optimizer_state(name, value()?, &tensors)?;
-                    optimizer.check_state(&state)?;
-                    Ok(Fitted::Optimizer(state))
-                }
-                Entry::Value(target) => {
-                    target.check_json(name, value()?)?;
-                    Ok(Fitted::Value)
-                }
-            }
-        };
-        state.0.iter().map(fit).collect()
-    }
-
-    /// Change everything in `state`; returns the values that are left.
-    pub(super) fn apply(
-        mut self,
-        state: State<'_>,
-        fitted: Vec<Fitted>,
-    ) -> Result<HashMap<String, Value>> {
-        let mut values = std::mem::take(&mut self.values);
-        let tensors = self.tensors()?;
-        for ((name, entry), fitted) in state.0.into_iter().zip(fitted) {
-            let value = values.remove(&name);
-            match (entry, fitted, value) {
-                (Entry::Model(core), ..) => load_model(&name, &core, &tensors)?,
-                (Entry::Optimizer(optimizer), Fitted::Optimizer(state), _) => {
-                    optimizer.load_state(state)?
-                }
-                (Entry::Value(target), _, Some(json)) => target.set_json(&name, &json)?,
-                _ => unreachable!("fit() has seen the same entries and values"),
-            }
+        let metadata = Metadata::new(metadata, infos).map_err(io::Error::other)?;
+        let mut header = serde_json::to_vec(&metadata)?;
+        header.resize(header.len().next_multiple_of(LENGTH_BYTES as usize), b' ');
+        let length = header.len() as u64;
+        if length > MOST_HEADER_BYTES {
+            return Err(io::Error::other(format!(
+                "names, values and shapes take {length} bytes, and readers of safetensors take {MOST_HEADER_BYTES}"
+            )));
         }
-        Ok(values)
+        let mut out = BufWriter::with_capacity(BUFFER_BYTES, file);
+        out.write_all(&length.to_le_bytes())?;
+        out.write_all(&header)?;
+        let due = offset as u64;
+        Ok(Self { out, due })
+    }
+
+    /// The next bytes.
+    pub(super) fn put(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.due = self
+            .due
+            .checked_sub(bytes.len() as u64)
+            .expect("no more bytes than the header promised");
+        self.out.write_all(bytes)
+    }
+
+    /// Return when everything is on the disk.
+    pub(super) fn finish(self) -> io::Result<()> {
+        assert_eq!(self.due, 0, "bytes that the header promised did not come");
+        let file = self
+            .out
+            .into_inner()
+            .map_err(io::IntoInnerError::into_error)?;
+        file.sync_all()
     }
 }
 
-/// What was found for an entry of a state.
-pub(super) enum Fitted {
-    Model,
-    Optimizer(OptimizerState),
-    Value,
+/// What a file says of itself.
+pub(super) struct Header {
+    metadata: Metadata,
+    data: u64, // where the tensors begin
 }
 
-fn fit_model(name: &str, core: &Core, tensors: &SafeTensors<'_>) -> Result<()> {
-    for param in core.model.params() {
-        let key = format!("{name}.{}", param.name);
-        let saved = tensors.tensor(&key).map_err(|_| absent(&key))?;
-        let (dtype, shape) = (tensor_dtype(param.dtype)?, &param.shape);
-        if saved.dtype() != dtype || saved.shape() != shape {
-            return Err(Error::argument(
-                format!(
-                    "'{key}' was saved as {:?} {:?}, the model has {dtype:?} {shape:?}",
-                    saved.dtype(),
-                    saved.shape()
-                ),
-                "Build the model with the sizes that were saved",
+impl Header {
+    /// Read it, and compare it with the file's length. Otherwise, in words, what is wrong with the file.
+    pub(super) fn read(file: &fs::File) -> Result<Self, String> {
+        let failed = |error: io::Error| error.to_string();
+        let bytes = file.metadata().map_err(failed)?.len();
+        let mut length = [0; LENGTH_BYTES as usize];
+        if bytes < LENGTH_BYTES {
+            return Err(format!("it has {bytes} bytes, too few for any header"));
+        }
+        file.read_exact_at(&mut length, 0).map_err(failed)?;
+        let length = u64::from_le_bytes(length);
+        if length > MOST_HEADER_BYTES || length > bytes - LENGTH_BYTES {
+            return Err(format!(
+                "its header would have {length} bytes, and the file has {bytes}: it is cut off, or no safetensors file"
             ));
         }
+        let mut text = vec![0; length as usize]; // at most MOST_HEADER_BYTES
+        file.read_exact_at(&mut text, LENGTH_BYTES)
+            .map_err(failed)?;
+        let metadata: Metadata =
+            serde_json::from_slice(&text).map_err(|error| error.to_string())?;
+        let data = LENGTH_BYTES + length;
+        let header = Self { metadata, data };
+        header.compare(bytes).map(|()| header)
     }
-    Ok(())
-}
 
-fn load_model(name: &str, core: &Core, tensors: &SafeTensors<'_>) -> Result<()> {
-    for (index, param) in core.model.params().iter().enumerate() {
-        let slab = slab_of(&tensors.tensor(&format!("{name}.{}", param.name))?)?;
-        core.model.with(ParamId(index), &mut |buffer| {
-            buffer.write(0..slab.numel(), slab.part(0..slab.numel()))
-        })?;
+    fn compare(&self, bytes: u64) -> Result<(), String> {
+        let there = bytes - self.data;
+        let due = self.metadata.data_len() as u64;
+        if due < there {
+            return Err(format!(
+                "it has {} bytes that its header does not know",
+                there - due
+            ));
+        }
+        let keys = self.metadata.offset_keys().into_iter();
+        let end = |key: &String| {
+            self.metadata
+                .info(key)
+                .map_or(0, |info| info.data_offsets.1)
+        };
+        let mut ends = keys.map(|key| (self.data + end(&key) as u64, key));
+        match ends.find(|(end, _)| *end > bytes) {
+            None => Ok(()),
+            Some((end, key)) => Err(format!(
+                "it is cut off: '{key}' ends at byte {end}, the file at byte {bytes}"
+            )),
+        }
     }
-    Ok(())
+
+    /// A tensor's type and shape, and where in the file it begins.
+    pub(super) fn find(&self, key: &str) -> Option<(&TensorInfo, u64)> {
+        let info = self.metadata.info(key)?;
+        Some((info, self.data + info.data_offsets.0 as u64))
+    }
+
+    /// All tensors, in the file's order.
+    pub(super) fn tensors(&self) -> impl Iterator<Item = (String, &TensorInfo)> {
+        let keys = self.metadata.offset_keys().into_iter();
+        keys.filter_map(|key| Some((key.clone(), self.metadata.info(&key)?)))
+    }
+
+    /// What stands beside the tensors, under `name`.
+    pub(super) fn note(&self, name: &str) -> Option<&str> {
+        Some(self.metadata.metadata().as_ref()?.get(name)?)
+    }
 }
 
-fn optimizer_state(name: &str, steps: &Value, tensors: &SafeTensors<'_>) -> Result<OptimizerState> {
-    let steps = steps.as_u64().ok_or_else(|| {
-        Error::argument(
-            format!("'{name}' in the checkpoint is no optimizer"),
-            "Load it as what it was saved as",
-        )
-    })?;
-    let prefix = format!("{name}.");
-    let own = tensors.iter();
-    let own = own.filter_map(|(key, view)| Some((key.strip_prefix(&prefix)?, view)));
-    let tensors = own.map(|(key, view)| Ok((key.to_string(), slab_of(&view)?)));
-    Ok(OptimizerState {
-        steps,
-        tensors: tensors.collect::<Result<_>>()?,
-    })
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-fn absent(name: &str) -> Error {
-    Error::argument(
-        format!("the checkpoint holds no '{name}'"),
-        "Ask for what was saved, under the name under which it was saved",
-    )
-}
+    fn item(key: &str, dtype: Dtype, numel: usize) -> Item {
+        let (key, shape) = (key.into(), vec![numel]);
+        Item { key, dtype, shape }
+    }
 
-fn slab_of(view: &TensorView<'_>) -> Result<Slab> {
-    let dtype = DTYPES
-        .iter()
-        .find(|(_, dtype)| *dtype == view.dtype())
-        .map(|(ours, _)| *ours);
-    let dtype = dtype.ok_or_else(|| {
-        Error::argument(
-            format!("the checkpoint holds tensors of type {:?}", view.dtype()),
-            "Convert them first",
-        )
-    })?;
-    let mut slab = Slab::zeroed(dtype, view.data().len() / dtype.size());
-    slab.as_bytes_mut().copy_from_slice(view.data());
-    Ok(slab)
-}
+    #[test]
+    fn what_streams_into_a_file_is_what_the_library_reads() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let mut items = [item("b", Dtype::U8, 3), item("a", Dtype::F32, 2)];
+        items.sort_by(Item::order);
+        let note = HashMap::from([("fabric".to_string(), "{}".to_string())]);
+        let mut writer = Writer::new(file.reopen().unwrap(), items.iter(), Some(note)).unwrap();
+        writer.put(&1f32.to_le_bytes()).unwrap();
+        writer.put(&2f32.to_le_bytes()).unwrap();
+        writer.put(&[7, 8, 9]).unwrap();
+        writer.finish().unwrap();
+        let bytes = fs::read(file.path()).unwrap();
+        let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        assert_eq!(tensors.tensor("b").unwrap().data(), [7, 8, 9]);
+        let header = Header::read(file.as_file()).unwrap();
+        let (info, start) = header.find("a").unwrap();
+        assert_eq!(info.shape, [2]);
+        assert_eq!(bytes[start as usize + 4..][..4], 2f32.to_le_bytes());
+        assert_eq!(header.note("fabric"), Some("{}"));
+    }
 
-fn tensor_dtype(dtype: Dtype) -> Result<TensorDtype> {
-    let found = DTYPES
-        .iter()
-        .find(|(ours, _)| *ours == dtype)
-        .map(|(_, theirs)| *theirs);
-    found.ok_or_else(|| kernels::KernelError::Unsupported { op: "save", dtype }.into())
-}
+    #[test]
+    fn a_file_that_is_cut_off_names_the_first_tensor_that_is_not_whole() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let items = [item("a", Dtype::U8, 3), item("b", Dtype::U8, 3)];
+        let mut writer = Writer::new(file.reopen().unwrap(), items.iter(), None).unwrap();
+        writer.put(&[0; 6]).unwrap();
+        writer.finish().unwrap();
+        let bytes = file.as_file().metadata().unwrap().len();
+        let said = |length: u64| {
+            file.as_file().set_len(length).unwrap();
+            Header::read(file.as_file()).err().unwrap()
+        };
+        assert!(said(bytes + 1).contains("1 bytes that its header does not know"));
+        assert!(said(bytes - 1).contains("'b' ends at"));
+        assert!(said(bytes - 4).contains("'a' ends at"));
+        assert!(said(20).contains("its header would have"));
+        assert!(said(3).contains("too few"));
+    }
 
-const DTYPES: [(Dtype, TensorDtype); 15] = [
-    (Dtype::F64, TensorDtype::F64),
-    (Dtype::F32, TensorDtype::F32),
-    (Dtype::F16, TensorDtype::F16),
-    (Dtype::BF16, TensorDtype::BF16),
-    (Dtype::F8E4M3, TensorDtype::F8_E4M3),
-    (Dtype::F8E5M2, TensorDtype::F8_E5M2),
-    (Dtype::I8, TensorDtype::I8),
-    (Dtype::I16, TensorDtype::I16),
-    (Dtype::I32, TensorDtype::I32),
-    (Dtype::I64, TensorDtype::I64),
-    (Dtype::U8, TensorDtype::U8),
-    (Dtype::U16, TensorDtype::U16),
-    (Dtype::U32, TensorDtype::U32),
-    (Dtype::U64, TensorDtype::U64),
-    (Dtype::Bool, TensorDtype::BOOL),
-];
+    #[test]
+    fn two_tensors_of_one_name_are_refused() {
+        let items = [item("a", Dtype::U8, 0), item("a", Dtype::U8, 0)];
+        let file = tempfile::tempfile().unwrap();
+        assert!(Writer::new(file, items.iter(), None).is_err());
+    }
+}

@@ -1,12 +1,38 @@
-//! Checkpoints of replicated strategies: models, optimizers and values by name, saved by rank 0 and loaded by all.
+//! Checkpoints: models, optimizers and values by name, saved by all ranks together and loaded by all, under any strategy
+//! and in any number.
+//!
+//! There are two forms, and [`Fabric::load`] recognises both. `"full"` is one safetensors file, which rank 0 writes; what
+//! only others hold comes to it a few megabytes at a time. `"sharded"` is a folder: each rank writes the elements that it
+//! holds, and of what several hold, one of them writes it; `manifest.json` says which elements of which tensor stand in
+//! which file. Nothing in either form depends on who wrote it:
+//!
+//! ```text
+//! saved under fsdp on 2 ranks                     loaded under fsdp on 3
+//!   rank-00000.safetensors  model.w[0..18]  ---->   rank 0 reads  0..12
+//!                                           \-->   rank 1 reads 12..24, from both files
+//!   rank-00001.safetensors  model.w[18..36] --/->   rank 2 reads 24..36
+//!   manifest.json           model.w: f32 [6, 6], two pieces
+//! ```
+//!
+//! Where parameters are updated in a wider type than the model computes with, that type is saved, and loaded again. A
+//! checkpoint may hold floats of fewer bits than are needed, which lose nothing; a rounded value is never loaded.
+//!
+//! Either form is written beside its place, synced, and renamed: under its name stands a whole checkpoint, or the one
+//! before. What a killed job leaves is called `.NAME.tmp-XXXXXX` and can be removed.
 
+mod catalog;
+mod dtype;
 mod file;
+mod holding;
+mod load;
+mod manifest;
+mod place;
+mod save;
+mod states;
+mod stored;
+mod values;
 
-use std::{
-    collections::{HashMap, VecDeque},
-    path::Path,
-    sync::Arc,
-};
+use std::{collections::HashMap, path::Path, sync::Arc};
 
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
@@ -15,9 +41,49 @@ use crate::{
     error::{Error, Result},
     fabric::{Fabric, FabricOptimizer},
     model::{Core, FabricModule, Model},
-    optim::{Optimizer, OptimizerState},
+    optim::Optimizer,
 };
-use file::{read, write};
+use states::Stateful;
+use values::Saved;
+
+const VALUES: &str = "fabric"; // the name under which values stand in the metadata of the one file
+const CHUNK_BYTES: usize = 4 << 20; // of a tensor, read or written at once
+
+/// The form in which `fabric.save` writes a checkpoint.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum StateDictType {
+    /// One safetensors file, written by rank 0.
+    #[default]
+    Full,
+    /// A folder to which every rank writes what it holds.
+    Sharded,
+}
+
+impl StateDictType {
+    /// Read "full" or "sharded", in any case.
+    ///
+    /// # Errors
+    /// When the text is neither.
+    pub fn parse(text: &str) -> Result<Self> {
+        match text.trim().to_ascii_lowercase().as_str() {
+            "full" => Ok(Self::Full),
+            "sharded" => Ok(Self::Sharded),
+            _ => Err(Error::argument(
+                format!("state_dict_type '{text}' is not known"),
+                "Choose one of full, sharded",
+            )),
+        }
+    }
+}
+
+impl std::fmt::Display for StateDictType {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Full => "full",
+            Self::Sharded => "sharded",
+        })
+    }
+}
 
 /// What a checkpoint holds, by name: models, optimizers, and values that serde knows.
 ///
@@ -103,135 +169,54 @@ fn is_inside(name: &str, other: &str) -> bool {
     below(name, other) || below(other, name)
 }
 
-/// An optimizer, whatever its type.
-trait Stateful {
-    fn is_sharded(&self) -> bool;
-    fn state(&self) -> Result<OptimizerState>;
-    fn check_state(&self, state: &OptimizerState) -> Result<()>;
-    fn load_state(&mut self, state: OptimizerState) -> Result<()>;
-}
-
-impl<O: Optimizer> Stateful for FabricOptimizer<O> {
-    fn is_sharded(&self) -> bool {
-        FabricOptimizer::is_sharded(self)
-    }
-    fn state(&self) -> Result<OptimizerState> {
-        FabricOptimizer::state(self)
-    }
-    fn check_state(&self, state: &OptimizerState) -> Result<()> {
-        FabricOptimizer::check_state(self, state)
-    }
-    fn load_state(&mut self, state: OptimizerState) -> Result<()> {
-        FabricOptimizer::load_state(self, state)
-    }
-}
-
-/// The optimizers' states, in the order of the entries; pieces are gathered from all ranks.
-fn optimizer_states(state: &State<'_>, zero: bool) -> Result<VecDeque<OptimizerState>> {
-    let optimizers = state.0.iter().filter_map(|(_, entry)| match entry {
-        Entry::Optimizer(optimizer) => Some(optimizer),
-        _ => None,
-    });
-    let needed = optimizers.filter(|optimizer| zero || optimizer.is_sharded());
-    needed.map(|optimizer| optimizer.state()).collect()
-}
-
-/// A value, whatever its type.
-trait Saved {
-    fn to_json(&self, name: &str) -> Result<Value>;
-    fn check_json(&self, name: &str, json: &Value) -> Result<()>;
-    fn set_json(&mut self, name: &str, json: &Value) -> Result<()>;
-}
-
-impl<T: Serialize + DeserializeOwned> Saved for T {
-    fn to_json(&self, name: &str) -> Result<Value> {
-        let refusal = |why: String| {
-            Error::argument(
-                format!("the value '{name}' cannot be saved as JSON: {why}"),
-                "Store finite numbers, and maps whose keys are text",
-            )
-        };
-        let json = serde_json::to_value(self).map_err(|error| refusal(error.to_string()))?;
-        // JSON has no NaN and no infinity: what would not come back is refused now, not after the crash.
-        let back = T::deserialize(&json).map_err(|error| refusal(error.to_string()))?;
-        if packed_bytes(self) != packed_bytes(&back) {
-            return Err(refusal("a number in it would come back as null".into()));
-        }
-        Ok(json)
-    }
-
-    fn check_json(&self, name: &str, json: &Value) -> Result<()> {
-        parse::<T>(name, json).map(drop)
-    }
-
-    fn set_json(&mut self, name: &str, json: &Value) -> Result<()> {
-        *self = parse(name, json)?;
-        Ok(())
-    }
-}
-
-/// How long a value is as MessagePack, which knows NaN: an optional NaN that became nothing is shorter, and the order of
-/// a map's entries does not matter.
-fn packed_bytes<T: Serialize>(value: &T) -> Option<usize> {
-    rmp_serde::to_vec_named(value).ok().map(|bytes| bytes.len())
-}
-
-fn parse<T: DeserializeOwned>(name: &str, json: &Value) -> Result<T> {
-    T::deserialize(json).map_err(|error| {
-        Error::argument(
-            format!("the saved value '{name}' has another type: {error}"),
-            "Load it into the type that was saved",
-        )
-    })
-}
-
 impl Fabric {
-    /// Write a checkpoint: rank 0 writes `path`, the others wait until it is there. An existing file is replaced whole.
+    /// Write a checkpoint, in the form that [`crate::Builder::state_dict_type`] has chosen. All ranks call this with the
+    /// same names; values are rank 0's, and so is the path. When it returns the checkpoint is whole and on the disk. A
+    /// checkpoint that has the name already, in either form, is replaced whole.
+    ///
+    /// A sharded checkpoint is written by all ranks to one file system, which they share.
     ///
     /// # Errors
-    /// On all ranks, when rank 0 cannot write: the old file is then untouched.
+    /// On all ranks, when one cannot write: what had the name before is then untouched, and nothing new is left.
     pub fn save(&self, path: impl AsRef<Path>, state: State<'_>) -> Result<()> {
         self.comm()?; // before launch nothing is written
-        let path = path.as_ref();
-        let states = optimizer_states(&state, self.is_global_zero());
-        let written = match states {
-            Ok(states) if self.is_global_zero() => write(path, &state, states),
-            Ok(_) => Ok(()),
-            Err(error) => Err(error),
-        };
-        let failure = written
-            .as_ref()
-            .err()
-            .map_or(String::new(), Error::to_string);
-        let heard = self.broadcast(failure, 0);
-        written?; // the first cause
-        let failure = heard?;
-        if failure.is_empty() {
-            return Ok(());
-        }
-        Err(Error::new(format!(
-            "rank 0 could not save {}: {failure}",
-            path.display()
-        )))
+        self.write(path.as_ref(), &state)
     }
 
-    /// Go on from a checkpoint, on all ranks. Everything in `state` must be in the file; what else the file holds as
-    /// values is returned. Nothing is changed unless everything fits.
+    /// Go on from a checkpoint of either form, on all ranks, whatever strategy and number of ranks has saved it. Each rank
+    /// reads what it needs. Everything in `state` must be in the checkpoint; what else it holds as values is returned.
+    /// Nothing is changed unless everything fits, on all ranks.
     ///
     /// # Errors
-    /// On all ranks, when one cannot read the file or something does not fit.
+    /// On all ranks, when one cannot read the checkpoint or something does not fit; and when a disk fails after that, which
+    /// ends the job: parameters may then be half loaded.
     pub fn load(&self, path: impl AsRef<Path>, state: State<'_>) -> Result<HashMap<String, Value>> {
         self.comm()?;
-        let path = path.as_ref();
-        let read = read(path).and_then(|file| Ok((file.fit(&state)?, file)));
-        let failure = read.as_ref().err().map_or(String::new(), Error::to_string);
-        let failures = self.all_gather_object(&failure);
-        let (fitted, file) = read?; // the first cause
-        let failures = failures?;
-        if let Some(rank) = failures.iter().position(|failure| !failure.is_empty()) {
-            let what = format!("rank {rank} could not load {}", path.display());
-            return Err(Error::new(format!("{what}: {}", failures[rank])));
+        self.read(path.as_ref(), state)
+    }
+
+    /// `own`, when every rank has one and the same number; otherwise the own error, or the first rank's that failed.
+    fn agree_on<T>(&self, doing: &str, path: &Path, number: u64, own: Result<T>) -> Result<T> {
+        let failure = own.as_ref().err().map(Error::to_string);
+        // Disks are slower than collectives may be.
+        let all = self.wait_for_all();
+        let all = all.and_then(|()| self.all_gather_object(&(failure, number)));
+        let own = own?; // the first cause
+        let all = all?;
+        for (rank, (failure, _)) in all.iter().enumerate() {
+            if let Some(what) = failure {
+                return Err(save::failed(rank, doing, path, what));
+            }
         }
-        file.apply(state, fitted)
+        match all.iter().position(|(_, other)| *other != all[0].1) {
+            None => Ok(own),
+            Some(rank) => Err(Error::argument(
+                format!(
+                    "rank {rank} holds other tensors than rank 0 for {}",
+                    path.display()
+                ),
+                "Set up the same models and optimizers on all ranks",
+            )),
+        }
     }
 }

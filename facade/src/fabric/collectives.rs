@@ -98,14 +98,18 @@ impl Fabric {
         heard.map(|_| value)
     }
 
-    /// Rank 0's text, on all ranks, however long it takes to come.
-    fn hear_from_zero(&self, text: String) -> Result<String> {
-        let comm = self.comm()?;
-        let mut comm = comm.lock();
+    /// Leave when every rank has come, however long that takes.
+    pub(crate) fn wait_for_all(&self) -> Result<()> {
         let mut call = Call::new(Op::Barrier).blocking();
         call.deadline = Some(PATIENT);
-        comm.submit(call, Data::None)?.wait()?;
-        let bytes = comm.broadcast_bytes(text.as_bytes(), 0)?;
+        self.comm()?.lock().submit(call, Data::None)?.wait()?;
+        Ok(())
+    }
+
+    /// Rank 0's text, on all ranks, however long it takes to come.
+    fn hear_from_zero(&self, text: String) -> Result<String> {
+        self.wait_for_all()?;
+        let bytes = self.comm()?.lock().broadcast_bytes(text.as_bytes(), 0)?;
         Ok(String::from_utf8_lossy(&bytes).trim_end().to_string())
     }
 }

@@ -21,6 +21,7 @@ pub use training::FabricOptimizer;
 
 use crate::{
     callback::{Callback, Callbacks},
+    checkpoint::StateDictType,
     environment::Place,
     error::{Error, Result},
     launch::{supervise, threads},
@@ -126,6 +127,13 @@ impl Builder {
     /// How a model is cut: buckets, units, types.
     pub fn buckets(mut self, options: plan::Options) -> Self {
         self.options = options;
+        self
+    }
+
+    /// The form of checkpoints: "full" (the default) is one file, which rank 0 writes; "sharded" is a folder, to which
+    /// every rank writes what it holds. See [`crate::checkpoint`].
+    pub fn state_dict_type(mut self, form: &str) -> Self {
+        self.request.state_dict_type = Some(form.into());
         self
     }
 
@@ -301,6 +309,11 @@ impl Fabric {
     /// The strategy's name.
     pub fn strategy(&self) -> &'static str {
         self.inner.resolved.strategy.name
+    }
+
+    /// The form in which checkpoints are written.
+    pub fn state_dict_type(&self) -> StateDictType {
+        self.inner.resolved.state_dict_type
     }
 
     /// The precision.

@@ -17,8 +17,7 @@ use crate::{
     data::{DataLoader, Dataset},
     error::Result,
     model::{Backward, Core, FabricModule, Gradients, Model, Reach, Reporter, mistake},
-    optim::{Optimizer, OptimizerState},
-    shards::{cut_state, gather_state},
+    optim::Optimizer,
 };
 
 /// An optimizer that was set up: it steps on whole gradients.
@@ -94,37 +93,12 @@ impl<O: Optimizer> FabricOptimizer<O> {
         self.optimizer.set_learning_rate(lr);
     }
 
-    /// Whether every rank must take part in [`FabricOptimizer::state`].
-    pub(crate) fn is_sharded(&self) -> bool {
-        self.core.shards.is_some()
+    pub(crate) fn parts(&self) -> (&O, &Core) {
+        (&self.optimizer, &self.core)
     }
 
-    pub(crate) fn state(&self) -> Result<OptimizerState> {
-        match &self.core.shards {
-            None => Ok(self.optimizer.state(&*self.core.model)?),
-            Some(shards) => {
-                let state = self.optimizer.state(shards);
-                Ok(gather_state(shards, state, &self.core.comm)?)
-            }
-        }
-    }
-
-    pub(crate) fn check_state(&self, state: &OptimizerState) -> Result<()> {
-        match &self.core.shards {
-            None => Ok(self.optimizer.check_state(&*self.core.model, state)?),
-            Some(shards) => Ok(self
-                .optimizer
-                .check_state(shards, &cut_state(shards, state)?)?),
-        }
-    }
-
-    pub(crate) fn load_state(&mut self, state: OptimizerState) -> Result<()> {
-        match &self.core.shards {
-            None => Ok(self.optimizer.load_state(&*self.core.model, state)?),
-            Some(shards) => Ok(self
-                .optimizer
-                .load_state(shards, cut_state(shards, &state)?)?),
-        }
+    pub(crate) fn parts_mut(&mut self) -> (&mut O, &Core) {
+        (&mut self.optimizer, &self.core)
     }
 }
 

@@ -10,7 +10,7 @@ use fabric_engine::{
 };
 
 use super::{
-    Elements, Elementwise, MOST_STATES, Optimizer, OptimizerState, STEP,
+    Elements, Elementwise, LentState, MOST_STATES, Optimizer, OptimizerState, STEP,
     saved::{self, Record, state_dtype},
     scratch::Scratch,
 };
@@ -278,9 +278,13 @@ impl<E: Elementwise> Optimizer for ByElement<E> {
     }
 
     fn state(&self, model: &dyn Model) -> Result<OptimizerState> {
+        Ok(self.lend_state(model)?.into())
+    }
+
+    fn lend_state(&self, model: &dyn Model) -> Result<LentState<'_>> {
         let records = self.slots.iter();
         let records = records.map(|slot| (self.rule_of(slot.group).states(), &slot.record));
-        Ok(saved::pack(model, records))
+        Ok(saved::lend(model, records))
     }
 
     fn check_state(&self, model: &dyn Model, state: &OptimizerState) -> Result<()> {

@@ -17,6 +17,7 @@
 
 mod by_element;
 mod elementwise;
+mod lent;
 pub mod rules;
 mod saved;
 mod scratch;
@@ -27,6 +28,7 @@ use crate::model::{Gradients, Model};
 
 pub use by_element::ByElement;
 pub use elementwise::{Elements, Elementwise, MOST_STATES};
+pub use lent::{Lent, LentState};
 
 /// Stochastic gradient descent with momentum, Nesterov and weight decay, as torch defines them.
 pub type Sgd = ByElement<rules::Sgd>;
@@ -70,6 +72,15 @@ pub trait Optimizer: Send {
     /// # Errors
     /// When the optimizer hides its state.
     fn state(&self, model: &dyn Model) -> Result<OptimizerState>;
+
+    /// The same, without a copy where the optimizer can lend what it keeps: what `fabric.save` asks for. Names and types
+    /// are the same on all ranks that update the same parameters.
+    ///
+    /// # Errors
+    /// As [`Optimizer::state`].
+    fn lend_state(&self, model: &dyn Model) -> Result<LentState<'_>> {
+        Ok(self.state(model)?.into())
+    }
 
     /// Whether [`Optimizer::load_state`] will take `state`: asked before a checkpoint changes anything.
     ///

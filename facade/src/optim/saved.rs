@@ -9,7 +9,7 @@ use fabric_engine::{
     kernels::{self, Dtype},
 };
 
-use super::{OptimizerState, STEP};
+use super::{Lent, LentState, OptimizerState, STEP};
 use crate::model::{Model, ParamMeta};
 
 /// What is kept for one parameter.
@@ -27,27 +27,30 @@ pub(super) fn state_dtype(param: &ParamMeta) -> Dtype {
 }
 
 /// Records, each with the names of its states, under the parameters' names.
-pub(super) fn pack<'a>(
+pub(super) fn lend<'a>(
     model: &dyn Model,
     records: impl Iterator<Item = (&'a [&'static str], &'a Record)>,
-) -> OptimizerState {
-    let mut packed = OptimizerState::default();
+) -> LentState<'a> {
+    let mut lent = LentState::default();
     for (param, (kinds, record)) in model.params().iter().zip(records) {
-        packed.steps = packed.steps.max(record.steps);
+        lent.steps = lent.steps.max(record.steps);
         for (kind, state) in kinds.iter().zip(&record.states) {
-            let tensor = (format!("{kind}.{}", param.name), copy_of(state));
-            packed.tensors.push(tensor);
+            let tensor = (format!("{kind}.{}", param.name), Lent::Here(state));
+            lent.tensors.push(tensor);
+        }
+        // What is frozen takes no steps. Rows that update pieces have no piece of it, and their files no count.
+        if !param.trainable && record.states.is_empty() {
+            continue;
         }
         // i64, which every reader of safetensors knows: candle refuses a file with a u64 in it.
         let steps = Slab::from_slice(&[record.steps as i64]);
-        packed
-            .tensors
-            .push((format!("{STEP}.{}", param.name), steps));
+        let steps = (format!("{STEP}.{}", param.name), Lent::Made(steps));
+        lent.tensors.push(steps);
     }
-    packed
+    lent
 }
 
-fn copy_of(slab: &Slab) -> Slab {
+pub(super) fn copy_of(slab: &Slab) -> Slab {
     let all = 0..slab.numel();
     let mut copy = Slab::zeroed(slab.dtype(), slab.numel());
     kernels::cast(slab.part(all.clone()), copy.part_mut(all)).expect("a copy within one dtype");

@@ -2,7 +2,7 @@
 
 use super::Block;
 
-/// y = x + leaky(W x + b), one sample at a time; its parameters are W: f32[width, width], row-major, and b: f32[width].
+/// y = x + leaky(W x + b), one sample at a time; its parameters are W: `f32[width, width]`, row-major, and b: `f32[width]`.
 ///
 /// ```
 /// use fabric::vec::{Block, Dense};

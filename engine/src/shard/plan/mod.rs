@@ -300,7 +300,7 @@ impl Plan {
     }
 
     /// The part of entry `entry` of bucket `index` that `rank` owns.
-    pub(crate) fn part(&self, index: usize, entry: usize, rank: Rank) -> Option<Piece> {
+    pub fn part(&self, index: usize, entry: usize, rank: Rank) -> Option<Piece> {
         let own = self.own(index, rank);
         let (param, range) = &self.buckets[index].layout.entries()[entry];
         let place = range.start.max(own.start)..range.end.min(own.end);

@@ -449,7 +449,8 @@ fn a_failing_unit_is_left_and_says_why() {
     assert_eq!(format!("{unit:?}"), "Unit(Some(\"block.2\"))");
     let x = Tensor::ones((5, 6), DType::F32, &CPU).unwrap();
     let failed = unit.run(&x, |_| bail!("no luck")).unwrap_err();
-    assert_eq!(failed.to_string(), "no luck");
+    let text = failed.to_string(); // candle may have put a backtrace behind it
+    assert!(text.starts_with("no luck"), "{text}");
     assert_eq!(
         puppet.state().edges,
         [(2, Edge::ForwardEnter), (2, Edge::ForwardLeave)]
