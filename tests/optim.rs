@@ -3,6 +3,7 @@
 
 mod copies;
 mod groups;
+mod matrices;
 mod refusals;
 
 use std::ops::Range;

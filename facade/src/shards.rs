@@ -46,11 +46,12 @@ impl Shards {
             let Range { start, end } = piece.range;
             let whole = plan.param(piece.param);
             let dtype = plan.buckets()[piece.bucket].main_dtype;
-            ParamMeta::new(
-                format!("{}[{start}..{end}]", whole.name),
-                &[end - start],
-                dtype,
-            )
+            let name = format!("{}[{start}..{end}]", whole.name);
+            // A piece that is all of a parameter has its shape, for optimizers that look at matrices.
+            match end - start == whole.numel() {
+                true => ParamMeta::new(name, &whole.shape, dtype),
+                false => ParamMeta::new(name, &[end - start], dtype),
+            }
         };
         let place = |piece: &Piece| {
             let bucket = &plan.buckets()[piece.bucket];
