@@ -2,6 +2,7 @@
 
 mod blocks;
 mod checkpoint;
+mod circle;
 mod ddp;
 mod exhaustive;
 mod facade;
