@@ -495,3 +495,46 @@ fn a_forward_without_a_backward_leaves_nothing_behind() {
         })
         .unwrap();
 }
+
+#[test]
+fn a_rank_that_stops_between_units_ends_the_others_with_its_words() {
+    for strategy in ["zero2", "fsdp", "hsdp"] {
+        let options = Options {
+            group: Some(2),
+            ..small_buckets()
+        };
+        let said = std::sync::Mutex::new(Vec::new());
+        let outcome = fabric(strategy, 4, &options).launch_threads(|fabric| {
+            let rank = fabric.global_rank();
+            let (model, mut optimizer) = fabric.setup(model::<f32>(), Sgd::new(0.01))?;
+            let chain = chain(&model, uses_extra(rank));
+            let mut steps = || -> Result<()> {
+                for step in 0.. {
+                    if rank == 2 && step == 3 {
+                        model.unit(fabric::model::UnitId(0), fabric::model::Edge::ForwardEnter)?;
+                        return Err(fabric::Error::new("the data ran out"));
+                    }
+                    backward(fabric, &model, &chain, rank, step, 0)?;
+                    optimizer.step()?;
+                    optimizer.zero_grad();
+                }
+                Ok(())
+            };
+            let result = steps();
+            said.lock()
+                .unwrap()
+                .push(result.as_ref().unwrap_err().to_string());
+            result
+        });
+        assert!(
+            outcome
+                .unwrap_err()
+                .to_string()
+                .contains("the data ran out")
+        );
+        let said = said.into_inner().unwrap();
+        assert_eq!(said.len(), 4, "{strategy}");
+        let all = said.iter().all(|text| text.contains("the data ran out"));
+        assert!(all, "{strategy}: {said:?}");
+    }
+}
