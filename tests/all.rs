@@ -17,6 +17,7 @@ mod puppet;
 mod ranks;
 mod sharded;
 mod sim;
+mod steady;
 mod steps;
 mod strangers;
 mod tidy;
