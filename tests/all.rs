@@ -18,6 +18,7 @@ mod puppet;
 mod ranks;
 mod sharded;
 mod sim;
+mod steady;
 mod steps;
 mod strangers;
 mod tidy;

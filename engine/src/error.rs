@@ -192,12 +192,14 @@ impl Error {
         }
     }
 
-    /// Arithmetic that was refused during `operation`.
-    pub fn kernel(rank: usize, operation: impl Into<String>) -> impl FnOnce(KernelError) -> Self {
-        let operation = operation.into();
+    /// Arithmetic that was refused during `operation`, which is put into words only then.
+    pub fn kernel(
+        rank: usize,
+        operation: impl std::fmt::Display,
+    ) -> impl FnOnce(KernelError) -> Self {
         move |source| Self::Kernel {
             rank,
-            operation,
+            operation: operation.to_string(),
             source,
         }
     }

@@ -1,4 +1,8 @@
-//! What the tests and their programs share: a small real problem, trained over plain vectors.
+//! What the tests and their programs share: a small real problem, trained over plain vectors, and a count of allocations.
+
+mod record;
+
+pub use record::Record;
 
 use fabric::{Result, vec::VecModel};
 

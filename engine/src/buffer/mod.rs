@@ -9,7 +9,6 @@ use fabric_kernels::{self as kernels, Dtype, Element, Memory, Span, SpanMut};
 
 use crate::error::{Error, Result};
 pub use slab::{Piece, SLAB_ALIGN, Slab, carve};
-pub(crate) use slab::{span_bytes, span_bytes_mut};
 
 /// All that a tensor must be able to do. An implementation either lends its memory ([`Buffer::span`]), which is enough,
 /// or copies on demand ([`Buffer::read`], [`Buffer::write`]).

@@ -148,7 +148,16 @@ impl Slab {
     ///
     /// # Panics
     /// When the bytes are no whole number of such elements, or the start is not aligned for them.
-    pub fn recast(self, dtype: Dtype) -> Self {
+    pub fn recast(mut self, dtype: Dtype) -> Self {
+        self.retype(dtype);
+        self
+    }
+
+    /// [`Slab::recast`] of a slab that stays where it is.
+    ///
+    /// # Panics
+    /// As [`Slab::recast`].
+    pub fn retype(&mut self, dtype: Dtype) {
         let bytes = self.bytes();
         assert_eq!(
             bytes % dtype.size(),
@@ -160,12 +169,8 @@ impl Slab {
             0,
             "the slab does not start at a multiple of {dtype}"
         );
-        Self {
-            block: self.block,
-            offset: self.offset,
-            dtype,
-            numel: bytes / dtype.size(),
-        }
+        self.numel = bytes / dtype.size();
+        self.dtype = dtype;
     }
 
     /// Two owned parts: elements `0..at` and the rest. They may be used on different threads and rejoined.
@@ -236,6 +241,24 @@ impl Slab {
         unsafe { std::slice::from_raw_parts_mut(self.pointer(), self.bytes()) }
     }
 
+    /// The raw bytes of elements `range`.
+    ///
+    /// # Panics
+    /// When the range is beyond the end.
+    pub fn bytes_of(&self, range: &Range<usize>) -> &[u8] {
+        let size = self.dtype.size();
+        &self.as_bytes()[range.start * size..range.end * size]
+    }
+
+    /// The raw bytes of elements `range`, to change.
+    ///
+    /// # Panics
+    /// When the range is beyond the end.
+    pub fn bytes_of_mut(&mut self, range: &Range<usize>) -> &mut [u8] {
+        let size = self.dtype.size();
+        &mut self.as_bytes_mut()[range.start * size..range.end * size]
+    }
+
     /// Elements `range`, for the kernels.
     ///
     /// # Panics
@@ -293,69 +316,31 @@ pub struct Piece {
     pub range: Range<usize>,
 }
 
-/// Borrow many pieces of several slabs at once: some to read, some to change.
+/// Borrow two pieces of one or two slabs at once: one to read, one to change.
 ///
 /// # Panics
-/// When a piece to change overlaps another piece, or lies outside its slab: a schedule that does so is wrong, and the
-/// checker refuses it.
-pub fn carve<'a>(
-    slabs: &'a mut [Slab],
-    reads: &[Piece],
-    writes: &[Piece],
-) -> (Vec<Span<'a>>, Vec<SpanMut<'a>>) {
-    for piece in reads.iter().chain(writes) {
+/// When they overlap, or lie outside their slabs: a schedule that does so is wrong, and the checker refuses it.
+pub fn carve<'a>(slabs: &'a mut [Slab], read: &Piece, write: &Piece) -> (Span<'a>, SpanMut<'a>) {
+    for piece in [read, write] {
         let numel = slabs[piece.slab].numel;
         assert!(
             piece.range.start <= piece.range.end && piece.range.end <= numel,
             "{piece:?} of a slab of {numel}"
         );
     }
-    for (index, write) in writes.iter().enumerate() {
-        let overlaps = |other: &Piece| {
-            other.slab == write.slab
-                && other.range.start.max(write.range.start) < other.range.end.min(write.range.end)
-        };
-        assert!(
-            !writes[..index].iter().any(overlaps),
-            "{write:?} is written twice at once"
-        );
-        assert!(
-            !reads.iter().any(overlaps),
-            "{write:?} is read while it is written"
-        );
-    }
-    let spans = reads
-        .iter()
-        .map(|piece| {
-            let slab = &slabs[piece.slab];
-            let start = slab
-                .pointer()
-                .wrapping_add(piece.range.start * slab.dtype.size());
-            // SAFETY: bounds were checked above; no piece to change overlaps it, and `&'a mut [Slab]` keeps everybody
-            // else away; slabs never share bytes: [Note: slab ownership]. Test: `carve_refuses_overlap`.
-            unsafe { Span::from_raw(start, slab.dtype, piece.range.len(), Memory::Host) }
-        })
-        .collect();
-    let span_muts = writes
-        .iter()
-        // SAFETY: bounds and absence of overlap were checked above; uniqueness as for the pieces to read.
-        .map(|piece| unsafe { slabs[piece.slab].raw_mut(piece.range.clone()) })
-        .collect();
-    (spans, span_muts)
-}
-
-/// The bytes behind a span on the host, for a socket.
-pub(crate) fn span_bytes(span: Span<'_>) -> &[u8] {
-    // SAFETY: spans made by `carve` or a slab are valid, initialised, private memory for their lifetime: they never
-    // name a peer's arena, whose bytes only `wire::shm` touches.
-    unsafe { std::slice::from_raw_parts(span.as_ptr(), span.bytes()) }
-}
-
-/// The bytes behind a span to change on the host, for a socket.
-pub(crate) fn span_bytes_mut(mut span: SpanMut<'_>) -> &mut [u8] {
-    let (start, bytes) = (span.as_mut_ptr(), span.bytes());
-    // SAFETY: as in `span_bytes`, and the span was consumed, so that the borrow is unique for its lifetime.
-    unsafe { std::slice::from_raw_parts_mut(start, bytes) }
+    let overlap = read.slab == write.slab
+        && read.range.start.max(write.range.start) < read.range.end.min(write.range.end);
+    assert!(!overlap, "{write:?} is read while it is written");
+    let slab = &slabs[read.slab];
+    let start = slab
+        .pointer()
+        .wrapping_add(read.range.start * slab.dtype.size());
+    // SAFETY: bounds were checked above; the piece to change does not overlap it, and `&'a mut [Slab]` keeps everybody
+    // else away; slabs never share bytes: [Note: slab ownership]. Test: `carve_refuses_overlap`.
+    let span = unsafe { Span::from_raw(start, slab.dtype, read.range.len(), Memory::Host) };
+    // SAFETY: bounds and absence of overlap were checked above; uniqueness as for the piece to read.
+    let span_mut = unsafe { slabs[write.slab].raw_mut(write.range.clone()) };
+    (span, span_mut)
 }
 
 #[cfg(test)]
@@ -391,34 +376,22 @@ mod tests {
     fn carve_lends_disjoint_pieces() {
         let mut slabs = [Slab::from_slice(&[1u8, 2, 3, 4]), Slab::from_slice(&[9u8])];
         let piece = |slab, range| Piece { slab, range };
-        let (reads, writes) = carve(
-            &mut slabs,
-            &[piece(0, 0..1), piece(1, 0..1)],
-            &[piece(0, 1..3)],
-        );
-        assert_eq!(
-            (span_bytes(reads[0]), span_bytes(reads[1])),
-            (&[1u8][..], &[9u8][..])
-        );
-        span_bytes_mut(writes.into_iter().next().unwrap()).fill(7);
-        assert_eq!(slabs[0].as_slice::<u8>(), &[1, 7, 7, 4]);
+        for (read, value) in [(piece(0, 0..1), 1), (piece(1, 0..1), 9)] {
+            let (from, into) = carve(&mut slabs, &read, &piece(0, 2..3));
+            fabric_kernels::cast(from, into).unwrap();
+            assert_eq!(slabs[0].as_slice::<u8>(), [1, 2, value, 4]);
+        }
+        assert_eq!(slabs[0].bytes_of(&(1..2)), [2]);
+        slabs[0].bytes_of_mut(&(0..2)).fill(7);
+        assert_eq!(slabs[0].as_slice::<u8>(), [7, 7, 9, 4]);
     }
 
     #[test]
     #[should_panic(expected = "read while it is written")]
     fn carve_refuses_overlap() {
         let mut slabs = [Slab::zeroed(Dtype::U8, 4)];
-        carve(
-            &mut slabs,
-            &[Piece {
-                slab: 0,
-                range: 0..2,
-            }],
-            &[Piece {
-                slab: 0,
-                range: 1..3,
-            }],
-        );
+        let piece = |range| Piece { slab: 0, range };
+        carve(&mut slabs, &piece(0..2), &piece(1..3));
     }
 
     #[test]

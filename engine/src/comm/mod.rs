@@ -6,14 +6,15 @@ pub mod host;
 mod link;
 pub mod solo;
 pub mod trace;
+mod work;
 
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, Sender, bounded};
 use fabric_kernels::{Dtype, Fold};
 
 pub use forms::Collectives;
 pub use link::Link;
+pub use work::Work;
 
 pub use crate::wire::frame::Label;
 use crate::{
@@ -273,61 +274,6 @@ impl std::ops::Sub for Spent {
             collectives: self.collectives - other.collectives,
             messages: self.messages - other.messages,
             bytes: self.bytes - other.bytes,
-        }
-    }
-}
-
-/// An operation in flight, which owns its memory. Dropping it early is allowed: the operation runs on (peers count on
-/// it), and its memory is freed afterwards.
-#[must_use = "an operation's memory comes back from wait()"]
-#[derive(Debug)]
-pub struct Work(State);
-
-#[derive(Debug)]
-enum State {
-    Done(Box<Result<Data>>),
-    Flying {
-        done: Receiver<Result<Data>>,
-        signal: Signal,
-    },
-}
-
-impl Work {
-    /// An operation that is complete already.
-    pub fn done(result: Result<Data>) -> Self {
-        Self(State::Done(Box::new(result)))
-    }
-
-    /// An operation in flight, and where its result is to be sent.
-    pub(crate) fn flying(signal: Signal) -> (Sender<Result<Data>>, Self) {
-        let (sender, done) = bounded(1);
-        (sender, Self(State::Flying { done, signal }))
-    }
-
-    /// Whether [`Work::wait`] would return at once.
-    pub fn is_done(&self) -> bool {
-        match &self.0 {
-            State::Done(_) => true,
-            State::Flying { done, .. } => !done.is_empty(),
-        }
-    }
-
-    /// Wait for the end and take the memory back.
-    ///
-    /// # Errors
-    /// The operation's error, or the communicator's first. The communicator keeps the memory then.
-    pub fn wait(self) -> Result<Data> {
-        match self.0 {
-            State::Done(result) => *result,
-            State::Flying { done, signal } => done.recv().unwrap_or_else(|_| {
-                // The thread that worked for the communicator is gone, which it is only after a failure.
-                Err(signal.first().unwrap_or_else(|| {
-                    Error::argument(
-                        "the communicator ended before this operation",
-                        "Keep it until all work is done",
-                    )
-                }))
-            }),
         }
     }
 }

@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags};
 
 use super::{
     gate::{Gate, Guest},
@@ -21,7 +21,7 @@ use super::{
 use crate::{
     clock::Clock,
     error::{Error, Result, ranks},
-    wire::ledger::Sighting,
+    wire::{Waiting, ledger::Sighting},
 };
 
 const NAP: Duration = Duration::from_millis(100);
@@ -54,6 +54,7 @@ impl Hub {
             over: false,
             silence,
             clock,
+            waiting: Waiting::new(world + 1),
         };
         let thread = std::thread::Builder::new()
             .name("fabric-hub".into())
@@ -91,6 +92,7 @@ struct Room {
     over: bool, // a verdict or an abort was announced
     silence: Duration,
     clock: Clock,
+    waiting: Waiting,
 }
 
 struct Inquest {
@@ -145,7 +147,8 @@ impl Room {
         }
     }
 
-    fn wait(&self) {
+    fn wait(&mut self) {
+        let mut waiting = std::mem::take(&mut self.waiting);
         let lines = self.lines().map(|(_, line)| {
             let flags = if line.is_full() {
                 PollFlags::IN | PollFlags::OUT
@@ -154,15 +157,9 @@ impl Room {
             };
             PollFd::new(line.stream(), flags)
         });
-        let mut fds = self.gate.poll_fds().chain(lines).collect::<Vec<_>>();
         // A failed poll only means that the next turn looks at everything a little early.
-        let _ = poll(
-            &mut fds,
-            Some(&Timespec {
-                tv_sec: 0,
-                tv_nsec: NAP.subsec_nanos().into(),
-            }),
-        );
+        let _ = waiting.on(self.gate.poll_fds().chain(lines), NAP);
+        self.waiting = waiting;
     }
 
     fn lines(&self) -> impl Iterator<Item = (usize, &Line)> {
@@ -216,20 +213,29 @@ impl Room {
         let Seat::Here { line, heard } = &mut self.seats[rank] else {
             return;
         };
-        let (messages, mut ended) = line.receive();
-        if !messages.is_empty() {
-            *heard = now;
-        }
-        let quiet = now.saturating_sub(*heard);
+        let mut ended = line.receive();
         if ended.is_none() {
             ended = line.flush().err();
         }
-        for message in messages {
-            self.act(rank, message);
+        let mut last_heard = *heard;
+        // What is said may change any seat.
+        while let Seat::Here { line, heard } = &mut self.seats[rank] {
+            match line.next_message() {
+                Ok(Some(message)) => {
+                    (*heard, last_heard) = (now, now);
+                    self.act(rank, message);
+                }
+                Ok(None) => break,
+                Err(error) => {
+                    ended = Some(error);
+                    break;
+                }
+            }
         }
         if matches!(self.seats[rank], Seat::Left) {
             return;
         }
+        let quiet = now.saturating_sub(last_heard);
         if let Some(error) = ended {
             self.seats[rank] = Seat::Gone;
             let how = match error.kind() {

@@ -65,9 +65,12 @@ impl Line {
 
     /// Queue a message, and write what can be written.
     pub(super) fn send(&mut self, message: &Message) -> io::Result<()> {
-        let bytes = postcard::to_allocvec(message).map_err(io::Error::other)?;
-        self.outgoing.extend((bytes.len() as u32).to_le_bytes());
-        self.outgoing.extend(bytes);
+        let head = self.outgoing.len();
+        let mut outgoing = std::mem::take(&mut self.outgoing); // what can grow is written to by value
+        outgoing.extend([0; 4]);
+        self.outgoing = postcard::to_extend(message, outgoing).map_err(io::Error::other)?;
+        let length = (self.outgoing.len() - head - 4) as u32;
+        self.outgoing[head..head + 4].copy_from_slice(&length.to_le_bytes());
         self.flush()
     }
 
@@ -85,34 +88,22 @@ impl Line {
         Ok(())
     }
 
-    /// Everything that has arrived, and whether the connection has ended.
-    pub(super) fn receive(&mut self) -> (Vec<Message>, Option<io::Error>) {
-        let mut ended = None;
+    /// Take in everything that has arrived, for [`Line::next_message`]; says whether the connection has ended.
+    pub(super) fn receive(&mut self) -> Option<io::Error> {
         let mut chunk = [0; 16 << 10];
         loop {
             match self.stream.read(&mut chunk) {
-                Ok(0) => ended = Some(io::ErrorKind::UnexpectedEof.into()),
-                Ok(read) => {
-                    self.incoming.extend(&chunk[..read]);
-                    continue;
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => ended = Some(error),
-            }
-            break;
-        }
-        let mut messages = Vec::new();
-        loop {
-            match self.next_message() {
-                Ok(Some(message)) => messages.push(message),
-                Ok(None) => return (messages, ended),
-                Err(error) => return (messages, Some(error)),
+                Ok(0) => return Some(io::ErrorKind::UnexpectedEof.into()),
+                Ok(read) => self.incoming.extend(&chunk[..read]),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return None,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Some(error),
             }
         }
     }
 
-    fn next_message(&mut self) -> io::Result<Option<Message>> {
+    /// The next message that has arrived whole.
+    pub(super) fn next_message(&mut self) -> io::Result<Option<Message>> {
         let Some(head) = self.incoming.first_chunk::<4>() else {
             return Ok(None);
         };

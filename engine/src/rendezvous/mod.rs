@@ -354,12 +354,19 @@ impl Client {
                 self.part(clock.now() + Duration::from_secs(1), clock);
                 return;
             }
-            let (messages, ended) = self.line.receive();
-            if !messages.is_empty() {
-                heard = clock.now();
-            }
-            for message in messages {
-                self.act(message);
+            let mut ended = self.line.receive();
+            loop {
+                match self.line.next_message() {
+                    Ok(Some(message)) => {
+                        heard = clock.now();
+                        self.act(message);
+                    }
+                    Ok(None) => break,
+                    Err(error) => {
+                        ended = Some(error);
+                        break;
+                    }
+                }
             }
             let quiet = clock.now().saturating_sub(heard);
             if quiet > self.silence && !self.hub_left {

@@ -25,7 +25,7 @@ struct Inner {
     recent: Mutex<Recent>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Recent {
     stamps: VecDeque<Stamp>,
     current: Option<Stamp>,
@@ -47,7 +47,10 @@ impl Ledger {
         Self(Arc::new(Inner {
             rank,
             seen,
-            recent: Mutex::default(),
+            recent: Mutex::new(Recent {
+                stamps: VecDeque::with_capacity(REMEMBERED),
+                current: None,
+            }),
         }))
     }
 

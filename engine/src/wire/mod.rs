@@ -8,28 +8,44 @@ pub(crate) mod shm;
 pub mod sim;
 pub mod tcp;
 
+mod waiting;
+
 use std::time::Duration;
 
-use fabric_kernels::{Span, SpanMut};
-
-use crate::{clock::Clock, error::Result, signal::Signal};
+use crate::{
+    buffer::{Piece, Slab},
+    clock::Clock,
+    error::Result,
+    signal::Signal,
+};
 use frame::Stamp;
 use ledger::Ledger;
+pub(crate) use waiting::Waiting;
 
-/// One message to send: its pieces, one after the other.
-pub struct Outgoing<'a> {
-    /// To whom.
-    pub to: usize,
-    /// The payload, in order.
-    pub parts: Vec<Span<'a>>,
+/// One message: its pieces of memory, one after the other.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Parcel {
+    /// To whom, or from whom.
+    pub peer: usize,
+    /// Where the payload is, or goes, in order.
+    pub pieces: Vec<Piece>,
 }
 
-/// One message to receive, into pieces of private memory, one after the other.
-pub struct Incoming<'a> {
-    /// From whom.
-    pub from: usize,
-    /// Where the payload goes, in order.
-    pub parts: Vec<SpanMut<'a>>,
+impl Parcel {
+    /// Bytes of payload.
+    pub fn bytes(&self, memory: &[Slab]) -> usize {
+        let bytes = |piece: &Piece| piece.range.len() * memory[piece.slab].dtype().size();
+        self.pieces.iter().map(bytes).sum()
+    }
+}
+
+/// All messages of one round. Between two ranks they keep their order. What is received overlaps nothing else in the round.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// What leaves.
+    pub sends: Vec<Parcel>,
+    /// What comes.
+    pub recvs: Vec<Parcel>,
 }
 
 /// What bounds a wait, and what is known while waiting.
@@ -51,7 +67,7 @@ pub trait Wire: Send {
     /// Ranks in the group.
     fn size(&self) -> usize;
 
-    /// Send and receive all messages of one round of operation `stamp`; messages between two ranks keep their order.
+    /// Send and receive all messages of one round of operation `stamp`, from and into pieces of `memory`.
     ///
     /// # Errors
     /// When a peer is gone or has diverged, when `deadline` (on the vigil's clock) passes, or when the signal is raised.
@@ -60,8 +76,8 @@ pub trait Wire: Send {
         &mut self,
         stamp: &Stamp,
         round: u32,
-        sends: &[Outgoing<'_>],
-        recvs: Vec<Incoming<'_>>,
+        traffic: &Traffic,
+        memory: &mut [Slab],
         deadline: Option<Duration>,
     ) -> Result<()>;
 

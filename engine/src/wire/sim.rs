@@ -9,12 +9,12 @@ use std::{
 };
 
 use super::{
-    Incoming, Outgoing, Sent, Vigil, Wire,
+    Sent, Traffic, Vigil, Wire,
     frame::{Header, Stamp},
     ledger::Ledger,
 };
 use crate::{
-    buffer::{span_bytes, span_bytes_mut},
+    buffer::Slab,
     clock::Clock,
     error::{Error, Result},
     signal::Signal,
@@ -174,8 +174,8 @@ impl Wire for Sim {
         &mut self,
         stamp: &Stamp,
         round: u32,
-        sends: &[Outgoing<'_>],
-        recvs: Vec<Incoming<'_>>,
+        traffic: &Traffic,
+        memory: &mut [Slab],
         deadline: Option<Duration>,
     ) -> Result<()> {
         self.enter();
@@ -190,13 +190,11 @@ impl Wire for Sim {
         let world = self.world.clone();
         let mut state = world.lock();
         let size = state.ranks.len();
-        for send in sends {
-            let bytes = send
-                .parts
-                .iter()
-                .flat_map(|part| span_bytes(*part))
-                .copied()
-                .collect::<Vec<u8>>();
+        for send in &traffic.sends {
+            let mut bytes = Vec::with_capacity(send.bytes(memory));
+            for piece in &send.pieces {
+                bytes.extend_from_slice(memory[piece.slab].bytes_of(&piece.range));
+            }
             self.sent.messages += 1;
             self.sent.payload_bytes += bytes.len() as u64;
             let header = Header {
@@ -205,7 +203,7 @@ impl Wire for Sim {
                 bytes: bytes.len() as u64,
             };
             let arrives = world.arrival(&mut state, bytes.len());
-            let lane = &mut state.mail[self.rank * size + send.to];
+            let lane = &mut state.mail[self.rank * size + send.peer];
             let arrives = lane
                 .back()
                 .map_or(arrives, |last| arrives.max(last.arrives)); // order is kept
@@ -216,7 +214,7 @@ impl Wire for Sim {
             });
         }
         let mut wants = vec![0; size];
-        recvs.iter().for_each(|recv| wants[recv.from] += 1);
+        traffic.recvs.iter().for_each(|recv| wants[recv.peer] += 1);
         state.ranks[self.rank] = Rank::Waiting {
             wants: wants.clone(),
             deadline,
@@ -242,31 +240,27 @@ impl Wire for Sim {
                 });
             }
         }
-        for recv in recvs {
-            let packet = state.mail[recv.from * size + self.rank].pop_front();
+        for recv in &traffic.recvs {
+            let packet = state.mail[recv.peer * size + self.rank].pop_front();
             let packet = packet.expect("a rank that wakes because messages arrived finds them");
             self.vigil
                 .ledger
-                .saw(recv.from, packet.header.stamp.sequence);
-            let mut parts = recv
-                .parts
-                .into_iter()
-                .map(span_bytes_mut)
-                .collect::<Vec<_>>();
-            let expected = parts.iter().map(|part| part.len()).sum::<usize>();
+                .saw(recv.peer, packet.header.stamp.sequence);
+            let expected = recv.bytes(memory);
             if (packet.header.stamp, packet.header.round, packet.bytes.len())
                 != (*stamp, round, expected)
             {
                 let (ours, theirs) = (stamp.to_string(), packet.header.stamp.to_string());
                 return Err(Error::Diverged {
                     rank: self.rank,
-                    peer: recv.from,
+                    peer: recv.peer,
                     ours,
                     theirs,
                 });
             }
             let mut bytes = packet.bytes.as_slice();
-            for part in &mut parts {
+            for piece in &recv.pieces {
+                let part = memory[piece.slab].bytes_of_mut(&piece.range);
                 let (head, tail) = bytes.split_at(part.len());
                 part.copy_from_slice(head);
                 bytes = tail;

@@ -1,5 +1,6 @@
 //! Messages over stream sockets, one non-blocking connection a peer (TCP between machines or on loopback). The calling
-//! thread moves the bytes: headers and payload leave in one vectored write, payload lands where it is wanted.
+//! thread moves the bytes: headers and payload leave in one vectored write, payload lands where it is wanted. What is still
+//! to be moved is kept by index, in lists that stay, so that an exchange allocates nothing.
 
 use std::{
     collections::VecDeque,
@@ -8,14 +9,15 @@ use std::{
     time::Duration,
 };
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags};
 
 use super::{
-    Incoming, Outgoing, Sent, Vigil, Wire,
+    Parcel, Sent, Traffic, Vigil, Wire,
     frame::{HEADER_BYTES, Header, Stamp},
+    waiting::Waiting,
 };
 use crate::{
-    buffer::{span_bytes, span_bytes_mut},
+    buffer::Slab,
     error::{Error, Result},
 };
 
@@ -26,6 +28,9 @@ const NAP: Duration = Duration::from_millis(50); // how often a wait looks at th
 pub struct Tcp {
     rank: usize,
     peers: Vec<Option<TcpStream>>,
+    lanes: Vec<Lane>, // by peer
+    busy: Vec<usize>, // peers whose lanes are not done
+    waiting: Waiting,
     vigil: Vigil,
     sent: Sent,
 }
@@ -46,10 +51,37 @@ impl Tcp {
         }
         Ok(Self {
             rank,
+            lanes: (0..peers.len()).map(Lane::new).collect(),
+            busy: Vec::with_capacity(peers.len()),
+            waiting: Waiting::new(peers.len()),
             peers,
             vigil,
             sent: Sent::default(),
         })
+    }
+
+    /// Put a round's messages on their lanes.
+    fn load(&mut self, stamp: &Stamp, round: u32, traffic: &Traffic, memory: &[Slab]) {
+        self.lanes.iter_mut().for_each(Lane::clear);
+        for (index, parcel) in traffic.sends.iter().enumerate() {
+            let bytes = parcel.bytes(memory);
+            let header = Header {
+                stamp: *stamp,
+                round,
+                bytes: bytes as u64,
+            };
+            self.sent.messages += 1;
+            self.sent.payload_bytes += bytes as u64;
+            let sending = Sending::new(index, header);
+            self.lanes[parcel.peer].sends.push_back(sending);
+        }
+        for (index, parcel) in traffic.recvs.iter().enumerate() {
+            let receiving = Receiving::new(index, parcel.bytes(memory));
+            self.lanes[parcel.peer].recvs.push_back(receiving);
+        }
+        self.busy.clear();
+        let busy = self.lanes.iter().filter(|lane| !lane.is_done());
+        self.busy.extend(busy.map(|lane| lane.peer));
     }
 }
 
@@ -66,29 +98,12 @@ impl Wire for Tcp {
         &mut self,
         stamp: &Stamp,
         round: u32,
-        sends: &[Outgoing<'_>],
-        recvs: Vec<Incoming<'_>>,
+        traffic: &Traffic,
+        memory: &mut [Slab],
         deadline: Option<Duration>,
     ) -> Result<()> {
         let started = self.vigil.clock.now();
-        let mut lanes: Vec<Lane<'_>> = (0..self.peers.len()).map(Lane::new).collect();
-        for send in sends {
-            let bytes = send.parts.iter().map(|part| part.bytes()).sum::<usize>();
-            let header = Header {
-                stamp: *stamp,
-                round,
-                bytes: bytes as u64,
-            };
-            self.sent.messages += 1;
-            self.sent.payload_bytes += bytes as u64;
-            lanes[send.to]
-                .sends
-                .push_back(Sending::new(header, &send.parts));
-        }
-        for recv in recvs {
-            lanes[recv.from].recvs.push_back(Receiving::new(recv));
-        }
-        lanes.retain(|lane| !lane.is_done());
+        self.load(stamp, round, traffic, memory);
         let context = Context {
             vigil: &self.vigil,
             rank: self.rank,
@@ -97,31 +112,35 @@ impl Wire for Tcp {
         };
         loop {
             let mut moved = false;
-            for lane in &mut lanes {
-                let stream = self.peers[lane.peer]
+            for peer in &self.busy {
+                let stream = self.peers[*peer]
                     .as_mut()
                     .expect("no schedule sends to itself");
-                moved |= lane.advance(stream, &context)?;
+                moved |= self.lanes[*peer].advance(stream, traffic, memory, &context)?;
             }
-            lanes.retain(|lane| !lane.is_done());
-            if lanes.is_empty() {
+            self.busy.retain(|peer| !self.lanes[*peer].is_done());
+            if self.busy.is_empty() {
                 return Ok(());
             }
             self.vigil.signal.check()?;
             let now = self.vigil.clock.now();
             if deadline.is_some_and(|deadline| now >= deadline) {
-                let waiting_for = lanes.iter().map(|lane| lane.peer).collect();
                 let after = now.saturating_sub(started);
                 return Err(Error::Timeout {
                     rank: self.rank,
                     operation: stamp.to_string(),
-                    waiting_for,
+                    waiting_for: self.busy.clone(),
                     after,
                 });
             }
             if !moved {
                 let nap = deadline.map_or(NAP, |deadline| NAP.min(deadline - now));
-                wait(&lanes, &self.peers, nap)
+                let fds = self.busy.iter().filter_map(|peer| {
+                    let stream = self.peers[*peer].as_ref()?;
+                    Some(PollFd::new(stream, self.lanes[*peer].flags()))
+                });
+                self.waiting
+                    .on(fds, nap)
                     .map_err(|e| Error::io(self.rank, "wait for peers", e))?;
             }
         }
@@ -129,29 +148,6 @@ impl Wire for Tcp {
 
     fn sent(&self) -> Sent {
         self.sent
-    }
-}
-
-/// Sleep until a connection can move bytes again.
-fn wait(lanes: &[Lane<'_>], peers: &[Option<TcpStream>], nap: Duration) -> io::Result<()> {
-    let mut fds = lanes
-        .iter()
-        .filter_map(|lane| {
-            let mut flags = PollFlags::empty();
-            flags.set(PollFlags::IN, !lane.recvs.is_empty());
-            flags.set(PollFlags::OUT, !lane.sends.is_empty());
-            peers[lane.peer]
-                .as_ref()
-                .map(|stream| PollFd::new(stream, flags))
-        })
-        .collect::<Vec<_>>();
-    let nap = Timespec {
-        tv_sec: 0,
-        tv_nsec: i64::from(nap.subsec_nanos()),
-    };
-    match poll(&mut fds, Some(&nap)) {
-        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
-        Err(error) => Err(error.into()),
     }
 }
 
@@ -163,13 +159,13 @@ struct Context<'a> {
 }
 
 /// What one peer still has to get from us and give to us in this round.
-struct Lane<'a> {
+struct Lane {
     peer: usize,
-    sends: VecDeque<Sending<'a>>,
-    recvs: VecDeque<Receiving<'a>>,
+    sends: VecDeque<Sending>,
+    recvs: VecDeque<Receiving>,
 }
 
-impl<'a> Lane<'a> {
+impl Lane {
     fn new(peer: usize) -> Self {
         Self {
             peer,
@@ -178,15 +174,34 @@ impl<'a> Lane<'a> {
         }
     }
 
+    fn clear(&mut self) {
+        self.sends.clear();
+        self.recvs.clear();
+    }
+
     fn is_done(&self) -> bool {
         self.sends.is_empty() && self.recvs.is_empty()
     }
 
+    /// What to wait for.
+    fn flags(&self) -> PollFlags {
+        let mut flags = PollFlags::empty();
+        flags.set(PollFlags::IN, !self.recvs.is_empty());
+        flags.set(PollFlags::OUT, !self.sends.is_empty());
+        flags
+    }
+
     /// Move what can be moved without waiting; says whether anything did.
-    fn advance(&mut self, stream: &mut TcpStream, context: &Context<'_>) -> Result<bool> {
+    fn advance(
+        &mut self,
+        stream: &mut TcpStream,
+        traffic: &Traffic,
+        memory: &mut [Slab],
+        context: &Context<'_>,
+    ) -> Result<bool> {
         let mut moved = false;
         while let Some(send) = self.sends.front_mut() {
-            match send.write(stream) {
+            match send.write(stream, &traffic.sends[send.parcel], memory) {
                 Ok(true) => {
                     self.sends.pop_front();
                     moved = true;
@@ -197,7 +212,7 @@ impl<'a> Lane<'a> {
             }
         }
         while let Some(recv) = self.recvs.front_mut() {
-            match recv.read(stream) {
+            match recv.read(stream, &traffic.recvs[recv.parcel], memory) {
                 Ok(Progress::Done) => {
                     self.recvs.pop_front();
                     moved = true;
@@ -231,51 +246,58 @@ fn would_block(error: &io::Error) -> bool {
 }
 
 /// A message on its way out.
-struct Sending<'a> {
+struct Sending {
+    parcel: usize, // its index in the round
     header: [u8; HEADER_BYTES],
-    parts: Vec<&'a [u8]>,
     done: usize,  // bytes written, header included
     total: usize, // bytes to write, header included
 }
 
-impl<'a> Sending<'a> {
-    fn new(header: Header, parts: &[fabric_kernels::Span<'a>]) -> Self {
-        let total = HEADER_BYTES + header.bytes as usize;
+impl Sending {
+    fn new(parcel: usize, header: Header) -> Self {
         Self {
+            parcel,
             header: header.encode(),
-            parts: parts.iter().map(|part| span_bytes(*part)).collect(),
             done: 0,
-            total,
+            total: HEADER_BYTES + header.bytes as usize,
         }
     }
 
     /// One vectored write; true when the message is out.
-    fn write(&mut self, stream: &mut TcpStream) -> io::Result<bool> {
-        let mut slices = Vec::with_capacity(SLICES.min(self.parts.len() + 1));
-        let mut skip = self.done;
-        for part in std::iter::once(&self.header[..]).chain(self.parts.iter().copied()) {
+    fn write(
+        &mut self,
+        stream: &mut TcpStream,
+        parcel: &Parcel,
+        memory: &[Slab],
+    ) -> io::Result<bool> {
+        let pieces = parcel.pieces.iter();
+        let parts = pieces.map(|piece| memory[piece.slab].bytes_of(&piece.range));
+        let mut slices = [IoSlice::new(&[]); SLICES];
+        let (mut count, mut skip) = (0, self.done);
+        for part in std::iter::once(&self.header[..]).chain(parts) {
             if skip >= part.len() {
                 skip -= part.len();
                 continue;
             }
-            slices.push(IoSlice::new(&part[skip..]));
+            slices[count] = IoSlice::new(&part[skip..]);
+            count += 1;
             skip = 0;
-            if slices.len() == SLICES {
+            if count == SLICES {
                 break;
             }
         }
-        self.done += stream.write_vectored(&slices)?;
+        self.done += stream.write_vectored(&slices[..count])?;
         Ok(self.done == self.total)
     }
 }
 
 /// A message on its way in.
-struct Receiving<'a> {
+struct Receiving {
+    parcel: usize, // its index in the round
     header: [u8; HEADER_BYTES],
-    parts: Vec<&'a mut [u8]>,
     expected: usize, // bytes of payload
     done: usize,     // bytes read, header included
-    part: usize,     // the part being filled
+    piece: usize,    // the piece being filled
     filled: usize,   // bytes of it
 }
 
@@ -285,25 +307,24 @@ enum Progress {
     Done,
 }
 
-impl<'a> Receiving<'a> {
-    fn new(incoming: Incoming<'a>) -> Self {
-        let parts = incoming
-            .parts
-            .into_iter()
-            .map(span_bytes_mut)
-            .collect::<Vec<_>>();
-        let expected = parts.iter().map(|part| part.len()).sum();
+impl Receiving {
+    fn new(parcel: usize, expected: usize) -> Self {
         Self {
+            parcel,
             header: [0; HEADER_BYTES],
-            parts,
             expected,
             done: 0,
-            part: 0,
+            piece: 0,
             filled: 0,
         }
     }
 
-    fn read(&mut self, stream: &mut TcpStream) -> io::Result<Progress> {
+    fn read(
+        &mut self,
+        stream: &mut TcpStream,
+        parcel: &Parcel,
+        memory: &mut [Slab],
+    ) -> io::Result<Progress> {
         if self.done < HEADER_BYTES {
             self.done += some(stream.read(&mut self.header[self.done..])?)?;
             return Ok(if self.done == HEADER_BYTES {
@@ -312,21 +333,23 @@ impl<'a> Receiving<'a> {
                 Progress::Some
             });
         }
-        while self.part < self.parts.len() && self.filled == self.parts[self.part].len() {
-            self.part += 1;
-            self.filled = 0;
+        while let Some(piece) = parcel.pieces.get(self.piece) {
+            let bytes = memory[piece.slab].bytes_of_mut(&piece.range);
+            if self.filled == bytes.len() {
+                self.piece += 1;
+                self.filled = 0;
+                continue;
+            }
+            let read = some(stream.read(&mut bytes[self.filled..])?)?;
+            self.filled += read;
+            self.done += read;
+            return Ok(if self.done == HEADER_BYTES + self.expected {
+                Progress::Done
+            } else {
+                Progress::Some
+            });
         }
-        let Some(part) = self.parts.get_mut(self.part) else {
-            return Ok(Progress::Done);
-        };
-        let read = some(stream.read(&mut part[self.filled..])?)?;
-        self.filled += read;
-        self.done += read;
-        Ok(if self.done == HEADER_BYTES + self.expected {
-            Progress::Done
-        } else {
-            Progress::Some
-        })
+        Ok(Progress::Done)
     }
 
     /// Is this the message that the schedule expects here?

@@ -5,7 +5,6 @@
 use std::ops::Range;
 
 use fabric_engine::{
-    comm::{Collectives, ReduceOp},
     kernels::{self, Span, SpanMut},
     shard::sequencer::Sequencer,
 };
@@ -55,11 +54,7 @@ impl Fabric {
         match clip {
             Clip::Value(limit) => {
                 sequencer.apply_scale()?;
-                for piece in sequencer.plan().pieces(sequencer.rank()) {
-                    if let Some(grad) = sequencer.piece_mut(&piece) {
-                        kernels::clamp(grad, limit)?;
-                    }
-                }
+                sequencer.each_piece_mut(|grad| kernels::clamp(grad, limit))?;
                 Ok(None)
             }
             Clip::Norm { max, order } => {
@@ -71,7 +66,7 @@ impl Fabric {
                 }
                 let norm = match order {
                     2.0 => sequencer.squares()?.norm(),
-                    _ => largest(&sequencer)?,
+                    _ => largest(&mut sequencer)?,
                 } * sequencer.factor();
                 if !norm.is_finite() && self.loss_scaler_state().is_some() {
                     return Ok(Some(norm)); // the step will be skipped
@@ -101,15 +96,12 @@ fn chunks(numel: usize) -> impl Iterator<Item = Range<usize>> {
 }
 
 /// The largest magnitude among all gradients, on all ranks.
-fn largest(sequencer: &Sequencer) -> Result<f64> {
-    let pieces = sequencer.plan().pieces(sequencer.rank());
-    let mut grads = pieces.iter().filter_map(|piece| sequencer.piece(piece));
-    let mut word = vec![grads.try_fold(0f64, |total, grad| largest_of(grad, total))?];
-    if sequencer.plan().updates_pieces() {
-        let mut comm = sequencer.groups().world.lock();
-        comm.all_reduce(&mut word, ReduceOp::Max)?;
-    }
-    Ok(word[0])
+fn largest(sequencer: &mut Sequencer) -> Result<f64> {
+    let pieces = sequencer.plan().each_piece(sequencer.rank());
+    let mut grads = pieces.filter_map(|piece| sequencer.piece(&piece));
+    let own = grads.try_fold(0f64, |total, grad| largest_of(grad, total))?;
+    drop(grads);
+    Ok(sequencer.largest(own)?)
 }
 
 /// The largest of `floor` and the elements' magnitudes; NaN when one is NaN.

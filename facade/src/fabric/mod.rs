@@ -60,7 +60,7 @@ struct Inner {
     options: plan::Options,
     scaler: Mutex<Option<LossScaler>>,
     world: Mutex<Option<World>>,
-    models: Mutex<Vec<Arc<Core>>>,
+    models: Mutex<Arc<Vec<Arc<Core>>>>,
     loggers: Arc<Mutex<Vec<Box<dyn Logger>>>>,
     callbacks: Arc<Mutex<Callbacks>>,
     warnings: Mutex<Vec<String>>,
@@ -261,7 +261,7 @@ impl Fabric {
 
     /// Leave the job; with an own error, end it for everybody.
     fn leave(&self, error: Option<&Error>) {
-        lock(&self.inner.models).clear(); // they hold the communicator
+        *lock(&self.inner.models) = Arc::default(); // they hold the communicator
         if let Some(world) = self.lock_world().take() {
             world.leave(error);
         }

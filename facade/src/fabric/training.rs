@@ -8,7 +8,7 @@ use fabric_engine::{
         groups::Groups,
         plan::Plan,
         replicate::{agree, distribute},
-        sequencer::{Sequencer, Unused},
+        sequencer::Sequencer,
     },
 };
 
@@ -140,7 +140,7 @@ impl Fabric {
         distribute(sequencer.plan(), &comm, &sequencer.mains(), &*reach)?;
         let core = Arc::new(Core::new(model.clone(), sequencer, comm, forecast));
         model.attach(Arc::new(Reporter::new(&core)));
-        lock(&self.inner.models).push(core.clone());
+        Arc::make_mut(&mut lock(&self.inner.models)).push(core.clone());
         Ok(FabricModule::new(model, core))
     }
 
@@ -205,7 +205,7 @@ impl Fabric {
     /// As [`Fabric::backward`].
     pub fn backward_scaled(&self, loss: impl Backward, scale: f32) -> Result<()> {
         self.comm()?;
-        let cores = lock(&self.inner.models).clone();
+        let cores = lock(&self.inner.models).clone(); // not locked while the library's backward runs
         if cores.is_empty() {
             return Err(mistake(
                 self.global_rank(),
@@ -231,8 +231,7 @@ impl Fabric {
                 core.sequencer().cancel();
                 continue;
             }
-            let unused = core.sequencer().finish()?;
-            self.report(core, unused);
+            self.finish(core)?;
         }
         Ok(())
     }
@@ -268,17 +267,21 @@ impl Fabric {
         error
     }
 
-    fn report(&self, core: &Core, unused: Option<Unused>) {
-        let unused = unused.or_else(|| {
-            let alone = self.world_size() == 1 && core.syncs();
-            alone.then(|| Unused {
-                everywhere: core.sequencer().unfilled(),
-                somewhere: Vec::new(),
-            })
-        });
-        if let Some(text) = unused.and_then(|unused| core.unused_report(&unused)) {
+    /// End the backward of one model, and say which parameters it left out.
+    fn finish(&self, core: &Core) -> EngineResult<()> {
+        let mut sequencer = core.sequencer();
+        let text = match sequencer.finish()? {
+            Some(unused) => core.unused_report(unused),
+            None if self.world_size() == 1 && core.syncs() => {
+                core.unused_report(sequencer.unfilled())
+            }
+            None => None,
+        };
+        drop(sequencer);
+        if let Some(text) = text {
             self.warn(text);
         }
+        Ok(())
     }
 
     /// Run `body` without averaging the gradients of `module`: they accumulate on each rank, and the first backward

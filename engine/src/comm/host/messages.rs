@@ -1,49 +1,44 @@
 //! The executor that runs schedules by messages: each round exchanges over the wire, then folds and copies in place.
-//! Schedules and scratch memory are kept from call to call, so that a training step in its stride allocates no payload.
+//! Scripts and scratch memory are kept from call to call, so that a training step in its stride allocates nothing.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use fabric_kernels::Dtype;
 
 use super::{
     super::{Call, Data, Op, ReduceOp, Spent},
     math::{Action, Math},
+    recent::Recent,
+    script::{Hold, Script, Verb},
 };
 use crate::{
-    buffer::{Piece, Slab, carve},
+    buffer::{SLAB_ALIGN, Slab, carve},
     error::{Error, Result},
     schedule::{
-        self, Form, Kind, Loc, Move, Problem, Region, Schedule,
+        self, Form, Kind, Problem, Slot,
         choose::{Tuning, WireKind},
-        price::Price,
     },
-    wire::{Incoming, Outgoing, Wire, frame::Stamp},
+    wire::{Wire, frame::Stamp},
 };
-
-const POOL: usize = 64; // scratch slabs kept
 
 /// A wire, and what is remembered between calls.
 pub(super) struct Messages {
     wire: Box<dyn Wire>,
     kind: WireKind,
     tuning: Tuning,
-    plans: HashMap<Key, Arc<Plan>>,
-    pool: Vec<Slab>,
+    scripts: Recent<Key, Script>,
+    memory: Vec<Slab>,  // of the call that runs: its own, then scratch
+    room: Option<Slab>, // bytes that scratch is cut from
 }
 
-/// What decides a schedule.
+/// What decides a script.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 struct Key {
-    op: u8,
-    root: usize,
+    kind: Kind,
     lifted: bool,
     dtype: Dtype,
     numel: usize,
-}
-
-struct Plan {
-    problem: Problem,
-    schedule: Schedule,
+    hold: Hold,
 }
 
 impl Messages {
@@ -52,8 +47,9 @@ impl Messages {
             wire,
             kind,
             tuning,
-            plans: HashMap::new(),
-            pool: Vec::new(),
+            scripts: Recent::new(),
+            memory: Vec::new(),
+            room: None,
         }
     }
 
@@ -73,26 +69,24 @@ impl Messages {
         data: Data,
         deadline: Duration,
     ) -> Result<(Data, Spent)> {
-        let plan = self.plan(call.op, stamp.dtype, stamp.numel as usize);
+        let hold = Hold::of(&data);
+        let script = self.script(call.op, stamp.dtype, stamp.numel as usize, hold);
         let before = self.wire.sent();
         let reduce = call.op.reduce().unwrap_or(ReduceOp::Sum);
-        let partial = reduce.partial(stamp.dtype);
-        let mut board = Board::lay(self, &plan, data, stamp.dtype, partial);
+        self.lay(
+            &script.scratch,
+            data,
+            stamp.dtype,
+            reduce.partial(stamp.dtype),
+        );
         let math = Math {
             rank: self.wire.rank(),
             size: self.wire.size(),
             reduce,
             stamp,
         };
-        for (round, moves) in plan.schedule.rounds.iter().enumerate() {
-            board.exchange(&mut *self.wire, stamp, round as u32, &moves.wire, deadline)?;
-            for step in &moves.local {
-                board.local(step, &math)?;
-            }
-        }
-        let (data, scratch) = board.clear();
-        self.pool.extend(scratch);
-        self.pool.truncate(POOL);
+        self.play(&script, &math, deadline)?;
+        let data = self.clear(hold);
         let after = self.wire.sent();
         let cost = Spent {
             collectives: 1,
@@ -102,10 +96,36 @@ impl Messages {
         Ok((data, cost))
     }
 
+    fn play(&mut self, script: &Script, math: &Math<'_>, deadline: Duration) -> Result<()> {
+        for (round, act) in script.acts.iter().enumerate() {
+            if !(act.traffic.sends.is_empty() && act.traffic.recvs.is_empty()) {
+                self.wire.exchange(
+                    math.stamp,
+                    round as u32,
+                    &act.traffic,
+                    &mut self.memory,
+                    Some(deadline),
+                )?;
+            }
+            for step in &act.steps {
+                let action = match step.verb {
+                    Verb::Fold => Action::Fold(math.reduce.fold()),
+                    Verb::Lift => math.lift(),
+                    Verb::Finish => math.finish(),
+                    Verb::Copy => Action::Cast,
+                };
+                let (read, write) = carve(&mut self.memory, &step.source, &step.target);
+                action
+                    .apply(write, read)
+                    .map_err(Error::kernel(math.rank, math.stamp))?;
+            }
+        }
+        Ok(())
+    }
+
     /// What `run` will cost, from the schedule alone.
     pub(super) fn price(&mut self, op: Op, dtype: Dtype, numel: usize) -> Spent {
-        let plan = self.plan(op, dtype, numel);
-        let price = Price::of(&plan.schedule);
+        let price = self.script(op, dtype, numel, Hold::InPlace).price;
         let partial = op.reduce().map_or(dtype, |reduce| reduce.partial(dtype));
         let bytes = price.bytes(dtype.size(), partial.size());
         Spent {
@@ -115,231 +135,72 @@ impl Messages {
         }
     }
 
-    fn plan(&mut self, op: Op, dtype: Dtype, numel: usize) -> Arc<Plan> {
-        let (kind, lifted) = (op.kind(), op.is_lifted());
-        let root = if let Op::Broadcast { root } = op {
-            root
-        } else {
-            0
-        };
+    fn script(&mut self, op: Op, dtype: Dtype, numel: usize, hold: Hold) -> Arc<Script> {
         let key = Key {
-            op: op.code().0 as u8,
-            root,
-            lifted,
+            kind: op.kind(),
+            lifted: op.is_lifted(),
             dtype,
             numel,
+            hold,
         };
         let (world, rank) = (self.wire.size(), self.wire.rank());
-        let algorithm = self
-            .tuning
-            .choose(&kind, world, numel * dtype.size(), self.kind);
-        self.plans
-            .entry(key)
-            .or_insert_with(|| {
-                let problem = Problem {
-                    lifted,
-                    ..Problem::even(kind, world, numel)
-                };
-                let schedule = schedule::messages(algorithm, &problem, rank)
-                    .or_else(|| schedule::messages(schedule::Algorithm::Direct, &problem, rank))
-                    .expect("direct does every collective");
-                Arc::new(Plan { problem, schedule })
-            })
-            .clone()
-    }
-
-    /// A scratch slab, kept from an earlier call if one fits.
-    fn scratch(&mut self, dtype: Dtype, numel: usize) -> Slab {
-        let bytes = numel * dtype.size();
-        match self.pool.iter().position(|slab| slab.bytes() == bytes) {
-            Some(index) => self.pool.swap_remove(index).recast(dtype),
-            None => Slab::zeroed(dtype, numel),
-        }
-    }
-}
-
-/// All memory of one call, laid out so that a schedule's regions find their slab.
-struct Board {
-    slabs: Vec<Slab>, // the caller's one or two, then scratch
-    in_place: bool,
-    empty: bool, // a barrier: slab 0 is nobody's
-    input: usize,
-    output: usize,
-    forms: Vec<Form>, // by scratch slot
-}
-
-impl Board {
-    fn lay(messages: &mut Messages, plan: &Plan, data: Data, dtype: Dtype, partial: Dtype) -> Self {
-        let own = plan.problem.slices[messages.wire.rank()].start;
-        let (in_place, empty) = (matches!(data, Data::InPlace(_)), matches!(data, Data::None));
-        let (input, output) = match plan.problem.kind {
-            Kind::ReduceScatter if in_place => (0, own),
-            Kind::AllGather if in_place => (own, 0),
-            _ => (0, 0),
-        };
-        let mut slabs = match data {
-            Data::None => vec![Slab::zeroed(dtype, 0)],
-            Data::InPlace(slab) => vec![slab],
-            Data::Out { from, into } => vec![from, into],
-        };
-        let forms = plan.schedule.scratch.iter().map(|slot| slot.form).collect();
-        slabs.extend(plan.schedule.scratch.iter().map(|slot| {
-            let dtype = if slot.form == Form::Partial {
-                partial
-            } else {
-                dtype
-            };
-            messages.scratch(dtype, slot.elems)
-        }));
-        Self {
-            slabs,
-            in_place,
-            empty,
-            input,
-            output,
-            forms,
-        }
-    }
-
-    fn clear(self) -> (Data, impl Iterator<Item = Slab>) {
-        let mut slabs = self.slabs.into_iter();
-        let first = slabs.next().expect("a board has a first slab");
-        let data = match (self.empty, self.in_place) {
-            (true, _) => Data::None,
-            (_, true) => Data::InPlace(first),
-            _ => Data::Out {
-                from: first,
-                into: slabs.next().expect("an output beside the input"),
-            },
-        };
-        (data, slabs)
-    }
-
-    /// The index of the first scratch slab.
-    fn first_scratch(&self) -> usize {
-        if self.in_place || self.empty { 1 } else { 2 }
-    }
-
-    fn pieces(&self, loc: &Loc) -> impl Iterator<Item = Piece> {
-        let (slab, base) = match loc.region {
-            Region::Input => (0, self.input),
-            Region::Output => (self.first_scratch() - 1, self.output),
-            Region::Scratch(slot) => (self.first_scratch() + slot, 0),
-        };
-        loc.ranges.iter().map(move |range| Piece {
-            slab,
-            range: base + range.start..base + range.end,
+        self.scripts.get(key, || {
+            let bytes = numel * dtype.size();
+            let algorithm = self.tuning.choose(&key.kind, world, bytes, self.kind);
+            let problem = Problem::even(key.kind, world, numel).with_lifted(key.lifted);
+            let schedule = schedule::messages(algorithm, &problem, rank)
+                .or_else(|| schedule::messages(schedule::Algorithm::Direct, &problem, rank))
+                .expect("direct does every collective");
+            Script::new(&problem, rank, schedule, hold)
         })
     }
 
-    fn form(&self, region: Region) -> Form {
-        match region {
-            Region::Scratch(slot) => self.forms[slot],
-            Region::Input | Region::Output => Form::Payload,
+    /// Lay out a call's memory, so that a script's pieces find their slab: its own slabs, then one for each slot.
+    fn lay(&mut self, slots: &[Slot], data: Data, dtype: Dtype, partial: Dtype) {
+        self.memory.clear(); // what a failed call left
+        match data {
+            Data::None => {}
+            Data::InPlace(slab) => self.memory.push(slab),
+            Data::Out { from, into } => self.memory.extend([from, into]),
         }
-    }
-
-    fn exchange(
-        &mut self,
-        wire: &mut dyn Wire,
-        stamp: &Stamp,
-        round: u32,
-        moves: &[Move],
-        deadline: Duration,
-    ) -> Result<()> {
-        if moves.is_empty() {
-            return Ok(());
-        }
-        let (mut reads, mut writes) = (Vec::new(), Vec::new());
-        for step in moves {
-            match step {
-                Move::Send { from, .. } => reads.extend(self.pieces(from)),
-                Move::Recv { into, .. } => writes.extend(self.pieces(into)),
-                Move::Fold { .. } | Move::Copy { .. } => {
-                    unreachable!("the checker keeps local moves off the wire")
-                }
-            }
-        }
-        let (spans, span_muts) = carve(&mut self.slabs, &reads, &writes);
-        let (mut spans, mut span_muts) = (spans.into_iter(), span_muts.into_iter());
-        let (mut sends, mut recvs) = (Vec::new(), Vec::new());
-        for step in moves {
-            match step {
-                Move::Send { to, from } => {
-                    sends.push(Outgoing {
-                        to: *to,
-                        parts: spans.by_ref().take(from.ranges.len()).collect(),
-                    });
-                }
-                Move::Recv { from, into } => {
-                    recvs.push(Incoming {
-                        from: *from,
-                        parts: span_muts.by_ref().take(into.ranges.len()).collect(),
-                    });
-                }
-                Move::Fold { .. } | Move::Copy { .. } => {}
-            }
-        }
-        wire.exchange(stamp, round, &sends, recvs, Some(deadline))
-    }
-
-    fn local(&mut self, step: &Move, math: &Math<'_>) -> Result<()> {
-        let (target, source, action) = match step {
-            Move::Fold { into, with } => (into, with, Action::Fold(math.reduce.fold())),
-            Move::Copy { from, into } => {
-                let action = match (self.form(from.region), self.form(into.region)) {
-                    (Form::Payload, Form::Partial) => math.lift(),
-                    (Form::Partial, Form::Payload) => math.finish(),
-                    _ => Action::Cast,
-                };
-                (into, from, action)
-            }
-            Move::Send { .. } | Move::Recv { .. } => {
-                unreachable!("the checker keeps messages out of the local moves")
-            }
+        let dtype = |slot: &Slot| match slot.form {
+            Form::Partial => partial,
+            Form::Payload => dtype,
         };
-        let pairs = zip(self.pieces(target).collect(), self.pieces(source).collect());
-        for (target, source) in pairs {
-            if target == source && matches!(action, Action::Cast) {
-                continue; // in place: the element is where it belongs
+        // Aligned as slabs are; a slot may be longer than its elements.
+        let bytes = |slot: &Slot| (slot.elems * dtype(slot).size()).next_multiple_of(SLAB_ALIGN);
+        let total = slots.iter().map(bytes).sum();
+        let room = self.room.take().filter(|room| room.bytes() >= total);
+        let mut room = room.unwrap_or_else(|| Slab::zeroed(Dtype::U8, total));
+        for slot in slots {
+            let (used, rest) = room.split_at(bytes(slot));
+            self.memory.push(used.recast(dtype(slot)));
+            room = rest;
+        }
+        self.room = Some(room);
+    }
+
+    /// Undo [`Messages::lay`].
+    fn clear(&mut self, hold: Hold) -> Data {
+        for used in self.memory.drain(hold.slabs()..).rev() {
+            let joined = self
+                .room
+                .take()
+                .map(|rest| Slab::join(used.recast(Dtype::U8), rest));
+            self.room = joined.and_then(Result::ok); // they are neighbours; were they not, there would be new room
+        }
+        let mut next = || {
+            self.memory
+                .pop()
+                .expect("a call's own slabs are laid first")
+        };
+        match hold {
+            Hold::Nothing => Data::None,
+            Hold::InPlace => Data::InPlace(next()),
+            Hold::Apart => {
+                let into = next();
+                Data::Out { from: next(), into }
             }
-            let (mut reads, mut writes) = carve(&mut self.slabs, &[source], &[target]);
-            let (Some(read), Some(write)) = (reads.pop(), writes.pop()) else {
-                continue;
-            };
-            action
-                .apply(write, read)
-                .map_err(Error::kernel(math.rank, math.stamp.to_string()))?;
         }
-        Ok(())
-    }
-}
-
-/// Pair two lists of pieces, of equal length in all, cut where either is cut.
-fn zip(targets: Vec<Piece>, sources: Vec<Piece>) -> Vec<(Piece, Piece)> {
-    let mut pairs = Vec::with_capacity(targets.len().max(sources.len()));
-    let (mut targets, mut sources) = (targets.into_iter(), sources.into_iter());
-    let (mut target, mut source) = (targets.next(), sources.next());
-    while let (Some(into), Some(from)) = (&mut target, &mut source) {
-        let step = into.range.len().min(from.range.len());
-        if step > 0 {
-            pairs.push((take(into, step), take(from, step)));
-        }
-        if into.range.is_empty() {
-            target = targets.next();
-        }
-        if from.range.is_empty() {
-            source = sources.next();
-        }
-    }
-    pairs
-}
-
-fn take(piece: &mut Piece, elems: usize) -> Piece {
-    let start = piece.range.start;
-    piece.range.start += elems;
-    Piece {
-        slab: piece.slab,
-        range: start..start + elems,
     }
 }

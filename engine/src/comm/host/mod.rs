@@ -4,6 +4,9 @@
 mod connect;
 mod math;
 mod messages;
+mod queue;
+mod recent;
+mod script;
 mod shape;
 mod shared;
 #[cfg(test)]
@@ -18,12 +21,12 @@ use std::{
     time::Duration,
 };
 
-use crossbeam_channel::{Receiver, Sender, bounded};
 use fabric_kernels::Dtype;
 
 use super::{
     Aborter, Call, Communicator, Data, Op, Rank, Spent, Work,
     trace::{Event, Trace},
+    work::{Desk, Promise},
 };
 use crate::{
     buffer::Slab,
@@ -36,6 +39,7 @@ use crate::{
 };
 use connect::Family;
 use messages::Messages;
+use queue::{Giver, Taker, queue};
 pub(super) use shape::check_shapes;
 use shape::stamp;
 use shared::SharedMemory;
@@ -71,9 +75,10 @@ impl Default for Options {
 /// A communicator between host memories.
 pub struct Host {
     shared: Arc<Shared>,
-    queue: Option<Sender<Job>>,
+    queue: Option<Giver<Job>>,
     worker: Option<JoinHandle<()>>,
     pending: Arc<AtomicUsize>,
+    desk: Desk,
     sequence: u64,
     family: Option<Family>,
 }
@@ -124,7 +129,7 @@ struct Job {
     stamp: Stamp,
     call: Call,
     data: Data,
-    done: Sender<Result<Data>>,
+    promise: Promise,
 }
 
 impl Host {
@@ -190,7 +195,7 @@ impl Host {
             trace,
             spent: Mutex::default(),
         });
-        let (queue, jobs) = bounded::<Job>(QUEUE);
+        let (queue, jobs) = queue(QUEUE);
         let pending = Arc::new(AtomicUsize::new(0));
         // The simulator holds the baton: its communicators never start a thread.
         let worker = if kind == WireKind::Sim {
@@ -208,6 +213,7 @@ impl Host {
             queue: Some(queue),
             worker,
             pending,
+            desk: Desk::new(),
             sequence: 0,
             family: None,
         })
@@ -220,11 +226,11 @@ impl Host {
 }
 
 /// The worker's life: one job after the other, in order of submission.
-fn work(shared: &Shared, jobs: &Receiver<Job>, pending: &AtomicUsize) {
-    for job in jobs {
+fn work(shared: &Shared, jobs: &Taker<Job>, pending: &AtomicUsize) {
+    while let Some(job) = jobs.take() {
         let result = shared.run(&job.stamp, &job.call, job.data);
         pending.fetch_sub(1, Ordering::AcqRel);
-        let _ = job.done.send(result); // the Work may have been dropped: its memory is freed here
+        job.promise.keep(result);
     }
 }
 
@@ -334,16 +340,16 @@ impl Communicator for Host {
         if idle {
             return Ok(Work::done(shared.run(&stamp, &call, data)));
         }
-        let (done, work) = Work::flying(shared.signal.clone());
+        let (promise, work) = self.desk.open(shared.signal.clone());
         self.pending.fetch_add(1, Ordering::AcqRel);
         let job = Job {
             stamp,
             call,
             data,
-            done,
+            promise,
         };
         let queue = self.queue.as_ref().expect("the queue closes only in drop");
-        if queue.send(job).is_err() {
+        if queue.give(job).is_err() {
             return Err(shared.signal.first().unwrap_or_else(|| {
                 Error::argument(
                     "the communicator's thread has ended",

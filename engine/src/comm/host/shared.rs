@@ -14,6 +14,7 @@ use fabric_kernels::{self as kernels, Dtype, KernelError, Span};
 use super::{
     super::{Call, Data, Op, ReduceOp, Spent},
     math::{Action, Math},
+    recent::Recent,
 };
 use crate::{
     buffer::Slab,
@@ -31,6 +32,9 @@ const CHUNK_BYTES: usize = 16 << 10; // of one operand: a few of them stay in th
 pub(super) struct SharedMemory {
     group: Group,
     scratch: Vec<Slab>, // CHUNK_BYTES each: what the tree needs at once, and one more
+    outlines: Recent<Key, Outline>,
+    lifts: Vec<Action>, // by rank, of the call that runs
+    places: Vec<Place>, // by rank, of the call that runs
     flying: Vec<Data>, // the memory of the call that runs; of a failed one, too, because peers may still store there
 }
 
@@ -42,6 +46,9 @@ impl SharedMemory {
         Self {
             scratch: scratch.collect(),
             group,
+            outlines: Recent::new(),
+            lifts: Vec::new(),
+            places: Vec::new(),
             flying: Vec::with_capacity(1),
         }
     }
@@ -84,8 +91,8 @@ impl SharedMemory {
             collectives: 1,
             ..Spent::default()
         };
-        for step in schedule::shared(&problem(op, size, numel), rank) {
-            let price = SharedPrice::of(std::slice::from_ref(&step), size, rank);
+        for step in &Outline::new(&Key::new(op, numel), size, rank).steps {
+            let price = SharedPrice::of(std::slice::from_ref(step), size, rank);
             let elems = price.loaded_elems + price.stored_elems;
             spent.messages += u64::from(elems > 0);
             spent.bytes += (elems * dtype.size()) as u64;
@@ -95,11 +102,15 @@ impl SharedMemory {
 
     fn attempt(&mut self, stamp: &Stamp, call: &Call, deadline: Duration) -> Result<Spent> {
         let (rank, size) = (self.rank(), self.size());
-        let problem = problem(call.op, size, stamp.numel as usize);
+        let key = Key::new(call.op, stamp.numel as usize);
+        let outline = self.outlines.get(key, || Outline::new(&key, size, rank));
         let data = self.flying.last_mut().expect("pushed by run");
         let reduce = call.op.reduce().unwrap_or(ReduceOp::Sum);
-        let own = Hand::new(&problem, rank, data).announce(&self.group, data);
+        let own = Hand::new(&outline.problem, rank, data).announce(&self.group, data);
         let partial = reduce.partial(stamp.dtype);
+        self.scratch
+            .iter_mut()
+            .for_each(|slab| slab.retype(partial));
         let mut pass = Pass {
             note: Note {
                 header: Header {
@@ -115,12 +126,10 @@ impl SharedMemory {
                 },
             },
             group: &mut self.group,
-            stack: self
-                .scratch
-                .drain(..)
-                .map(|slab| slab.recast(partial))
-                .collect(),
-            lifts: Vec::new(),
+            outlines: &mut self.outlines,
+            stack: &mut self.scratch,
+            lifts: &mut self.lifts,
+            places: &mut self.places,
             math: Math {
                 rank,
                 size,
@@ -133,17 +142,44 @@ impl SharedMemory {
                 ..Spent::default()
             },
         };
-        pass.go(&problem, data)?;
-        let (spent, stack) = (pass.spent, pass.stack);
-        self.scratch
-            .extend(stack.into_iter().map(|slab| slab.recast(Dtype::U8)));
-        Ok(spent)
+        pass.go(&outline, data)?;
+        Ok(pass.spent)
     }
 }
 
-/// Even slices, as the message executor cuts them.
-fn problem(op: Op, size: usize, numel: usize) -> Problem {
-    Problem::even(op.kind(), size, numel).with_lifted(op.is_lifted())
+/// What decides an outline.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct Key {
+    kind: Kind,
+    lifted: bool,
+    numel: usize,
+}
+
+impl Key {
+    fn new(op: Op, numel: usize) -> Self {
+        Self {
+            kind: op.kind(),
+            lifted: op.is_lifted(),
+            numel,
+        }
+    }
+}
+
+/// A problem, and what this rank does to solve it.
+struct Outline {
+    problem: Problem,
+    steps: Vec<Shared>,
+}
+
+impl Outline {
+    /// Even slices, as the message executor cuts them.
+    fn new(key: &Key, size: usize, rank: usize) -> Self {
+        let problem = Problem::even(key.kind, size, key.numel).with_lifted(key.lifted);
+        Self {
+            steps: schedule::shared(&problem, rank),
+            problem,
+        }
+    }
 }
 
 /// Where a rank's input and output start in its arena, in bytes.
@@ -211,8 +247,10 @@ fn target_mut(data: &mut Data) -> Option<&mut Slab> {
 /// One call on its way.
 struct Pass<'a> {
     group: &'a mut Group,
-    stack: Vec<Slab>,   // scratch in the accumulator's type
-    lifts: Vec<Action>, // by rank
+    outlines: &'a mut Recent<Key, Outline>,
+    stack: &'a mut Vec<Slab>,   // scratch in the accumulator's type
+    lifts: &'a mut Vec<Action>, // by rank
+    places: &'a mut Vec<Place>, // by rank
     math: Math<'a>,
     note: Note,
     deadline: Duration,
@@ -220,18 +258,21 @@ struct Pass<'a> {
 }
 
 impl Pass<'_> {
-    fn go(&mut self, problem: &Problem, data: &mut Data) -> Result<()> {
+    fn go(&mut self, outline: &Outline, data: &mut Data) -> Result<()> {
+        let problem = &outline.problem;
         self.sync()?;
         if problem.kind == Kind::Barrier {
             return Ok(());
         }
-        let (rank, dtype) = (self.math.rank, self.math.stamp.dtype);
+        let dtype = self.math.stamp.dtype;
         let notes = self.group.notes();
         let lift = |note: &Note| match self.math.reduce {
             ReduceOp::PreMulSum(_) => Action::lift(ReduceOp::PreMulSum(note.factor)),
             reduce => Action::lift(reduce),
         };
-        self.lifts = notes.iter().map(lift).collect();
+        self.lifts.clear();
+        self.lifts.extend(notes.iter().map(lift));
+        self.places.clear();
         if notes
             .iter()
             .any(|note| note.input == PRIVATE || note.output == PRIVATE)
@@ -242,15 +283,14 @@ impl Pass<'_> {
             input: note.input,
             output: note.output,
         };
-        let places = notes.iter().map(place).collect::<Vec<_>>();
-        for (peer, place) in places.iter().enumerate() {
+        self.places.extend(notes.iter().map(place));
+        for (peer, place) in self.places.iter().enumerate() {
             self.group
                 .admit(peer, place.input, dtype, problem.input(peer).len())?;
             self.group
                 .admit(peer, place.output, dtype, problem.output(peer).len())?;
         }
-        let steps = schedule::shared(problem, rank);
-        self.steps(problem, &places, &steps[1..]) // the first is the sync behind us
+        self.steps(problem, &outline.steps[1..]) // the first is the sync behind us
     }
 
     /// [Note: private buffers]
@@ -265,26 +305,19 @@ impl Pass<'_> {
             (1, problem.elems())
         };
         let width = STAGE_BYTES / dtype.size() / parts;
-        let places = vec![
-            Place {
-                input: STAGE_IN,
-                output: STAGE_OUT,
-            };
-            size
-        ];
+        let stages = Place {
+            input: STAGE_IN,
+            output: STAGE_OUT,
+        };
+        self.places.resize(size, stages);
+        // Where the parts of a window lie in the hand that holds all slices, if it does, and on the stage.
         let cut = |kind, window: &Range<usize>| {
-            let offsets = if sliced && problem.kind == kind {
-                (0..size).map(|part| part * whole).collect()
-            } else {
-                vec![0]
-            };
+            let parts = if problem.kind == kind { parts } else { 1 };
             let (start, len) = (window.start, window.len());
-            let pair = move |(index, offset)| (offset + start, index * len);
-            offsets
-                .into_iter()
-                .enumerate()
-                .map(pair)
-                .map(move |(at, stage)| (at..at + len, stage as u64 * dtype.size() as u64))
+            (0..parts).map(move |part| {
+                let at = part * whole + start;
+                (at..at + len, (part * len * dtype.size()) as u64)
+            })
         };
         for start in (0..whole).step_by(width) {
             let window = start..whole.min(start + width);
@@ -296,12 +329,13 @@ impl Pass<'_> {
                     kernels::cast(slab.part(range), stage).map_err(self.refused())?;
                 }
             }
-            let part = Problem {
+            let key = Key {
                 kind: problem.kind,
-                ..Problem::even(problem.kind, size, window.len() * parts)
-            }
-            .with_lifted(problem.lifted);
-            self.steps(&part, &places, &schedule::shared(&part, rank))?;
+                lifted: problem.lifted,
+                numel: window.len() * parts,
+            };
+            let part = self.outlines.get(key, || Outline::new(&key, size, rank));
+            self.steps(&part.problem, &part.steps)?;
             if let Some(slab) = target_mut(data).filter(|_| !hand.output.is_empty()) {
                 for (range, stage) in cut(Kind::AllGather, &window) {
                     let own = self.group.own().mapping();
@@ -320,14 +354,14 @@ impl Pass<'_> {
         Ok(())
     }
 
-    fn steps(&mut self, problem: &Problem, places: &[Place], steps: &[Shared]) -> Result<()> {
+    fn steps(&mut self, problem: &Problem, steps: &[Shared]) -> Result<()> {
         for step in steps {
             match step {
                 Shared::Sync => self.sync()?,
                 Shared::LoadFoldStore { ranges, from, into } => {
                     let before = self.spent.bytes;
                     for range in ranges {
-                        self.load_fold_store(problem, places, range, *from, *into)?;
+                        self.load_fold_store(problem, range, *from, *into)?;
                     }
                     self.spent.messages += u64::from(self.spent.bytes > before);
                 }
@@ -339,7 +373,6 @@ impl Pass<'_> {
     fn load_fold_store(
         &mut self,
         problem: &Problem,
-        places: &[Place],
         range: &Range<usize>,
         from: Ranks,
         into: Ranks,
@@ -355,15 +388,15 @@ impl Pass<'_> {
             let skip = (elems.start - problem.input(rank).start) * dtype.size();
             group
                 .memory(rank)
-                .span(places[rank].input + skip as u64, dtype, elems.len())
+                .span(self.places[rank].input + skip as u64, dtype, elems.len())
         };
         let mut sum = Tree {
-            stack: &mut self.stack,
+            stack: self.stack,
             fold: Action::Fold(self.math.reduce.fold()),
-            lifts: &self.lifts,
+            lifts: self.lifts,
             lifted: problem.lifted,
         };
-        let refused = || Error::kernel(self.math.rank, self.math.stamp.to_string());
+        let refused = || Error::kernel(self.math.rank, *self.math.stamp);
         let mut moved = 0; // elements from and to peers
         let width = CHUNK_BYTES / dtype.size().max(partial.size());
         for start in range.clone().step_by(width) {
@@ -390,14 +423,12 @@ impl Pass<'_> {
             };
             // Everybody begins with its own output, so that not all store to one rank at once.
             let targets = match into {
-                Ranks::All => (0..self.math.size)
-                    .map(|step| (self.math.rank + step) % self.math.size)
-                    .collect(),
-                Ranks::One(target) => vec![target],
+                Ranks::All => self.math.rank..self.math.rank + self.math.size,
+                Ranks::One(target) => target..target + 1,
             };
-            for target in targets {
+            for target in targets.map(|target| target % self.math.size) {
                 let skip = (elems.start - problem.output(target).start) * dtype.size();
-                let at = places[target].output + skip as u64;
+                let at = self.places[target].output + skip as u64;
                 let output = group.memory(target).span_mut(at, dtype, elems.len());
                 moved += elems.len() * usize::from(target != self.math.rank);
                 if output.as_ptr() == value.as_ptr() {
@@ -411,7 +442,7 @@ impl Pass<'_> {
     }
 
     fn refused(&self) -> impl FnOnce(KernelError) -> Error + use<> {
-        Error::kernel(self.math.rank, self.math.stamp.to_string())
+        Error::kernel(self.math.rank, *self.math.stamp)
     }
 }
 

@@ -206,13 +206,14 @@ impl Plan {
     /// What `rank` updates: all parameters, or, where the update is sharded, its slice of every bucket cut at the borders of
     /// parameters; in bucket order.
     pub fn pieces(&self, rank: Rank) -> Vec<Piece> {
-        let trainable = |(index, bucket): (usize, &BucketPlan)| bucket.trainable.then_some(index);
-        self.buckets
-            .iter()
-            .enumerate()
-            .filter_map(trainable)
-            .flat_map(|index| self.cut(index, rank))
-            .collect()
+        self.each_piece(rank).collect()
+    }
+
+    /// The same, one after the other.
+    pub fn each_piece(&self, rank: Rank) -> impl Iterator<Item = Piece> {
+        let indices = 0..self.buckets.len();
+        let trainable = indices.filter(|index| self.buckets[*index].trainable);
+        trainable.flat_map(move |index| self.cut(index, rank))
     }
 
     /// The parts of bucket `index` that `rank` owns, cut at the borders of parameters.

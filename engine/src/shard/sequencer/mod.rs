@@ -2,9 +2,11 @@
 //! leave in plan order while backward goes on; at the end everything is waited for and the ranks compare which parameters
 //! were used; after the update parameters return to where they stand.
 
+mod word;
+
 use std::sync::Arc;
 
-use fabric_kernels::{Dtype, Span, SpanMut, SquareBins};
+use fabric_kernels::{Span, SpanMut, SquareBins};
 
 use super::{
     Edge, ParamId, Parameters, SharedComm, UnitId,
@@ -65,6 +67,8 @@ pub struct Sequencer {
     blocks: Pool, // lent to buckets that keep slices only
     units: Units,
     word: Option<Slab>, // the control word's memory; away while it is reduced
+    norm: Option<Slab>, // the same, of what ranks say of a norm at other times
+    unused: Unused,     // after the last synchronised backward
     squares: Option<SquareBins>, // of the gradients as they are, where the control word brought them
     factor: f64,                 // what gradients are still to be multiplied by
     is_mean: bool,               // sums over replicas are complete, and scaled
@@ -136,6 +140,8 @@ impl Sequencer {
             world,
             buckets,
             word: None,
+            norm: None,
+            unused: Unused::default(),
             squares: None,
             factor: 1.0,
             is_mean: false,
@@ -417,17 +423,18 @@ impl Sequencer {
     ///
     /// # Errors
     /// The first error of a hook, or of a reduction.
-    pub fn finish(&mut self) -> Result<Option<Unused>> {
+    pub fn finish(&mut self) -> Result<Option<&Unused>> {
         let result = match self.failed.take() {
             Some(error) => Err(error),
             None => self.complete(),
         };
         self.phase = Phase::Idle;
         self.keep(&result);
-        result
+        result.map(|compared| compared.then_some(&self.unused))
     }
 
-    fn complete(&mut self) -> Result<Option<Unused>> {
+    /// Says whether the ranks have compared.
+    fn complete(&mut self) -> Result<bool> {
         let Phase::Backward { sync, launched } = self.phase else {
             return Err(self.error("the end of a backward that never began", "Call begin first"));
         };
@@ -444,10 +451,11 @@ impl Sequencer {
             buckets
                 .filter(|(_, plan)| !plan.axis.shards_update() && !self.plan.has_replicas())
                 .for_each(|(bucket, _)| bucket.hold_filled());
-            return Ok(None);
+            return Ok(false);
         }
         self.add_replicas()?;
-        self.compare().map(Some)
+        self.compare()?;
+        Ok(true)
     }
 
     /// Add up the sums of all replicas, and take the mean.
@@ -469,135 +477,6 @@ impl Sequencer {
         }
         self.is_mean = true;
         Ok(())
-    }
-
-    /// The control word: how many ranks had a gradient for each parameter, and the squares of the gradients that this
-    /// rank alone answers for.
-    fn compare(&mut self) -> Result<Unused> {
-        let (dtype, numel) = self.plan.control_word();
-        let mut comm = self.groups.world.lock();
-        let mut word = match self.word.take() {
-            Some(word) => word,
-            None => comm.alloc(dtype, numel)?,
-        };
-        let count = self.plan.params().len();
-        let is_used = |param: usize| {
-            let place = self.plan.grad_place(ParamId(param));
-            place.is_some_and(|(bucket, entry)| self.buckets[bucket].is_used(entry))
-        };
-        match dtype {
-            Dtype::I64 => {
-                let word = word.as_mut_slice::<i64>();
-                for (param, used) in word[..count].iter_mut().enumerate() {
-                    *used = is_used(param).into();
-                }
-                word[count..].copy_from_slice(&self.own_squares()?.words());
-            }
-            _ => {
-                let word = word.as_mut_slice::<i32>();
-                for (param, used) in word.iter_mut().enumerate() {
-                    *used = is_used(param).into();
-                }
-            }
-        }
-        let word = comm
-            .submit(self.plan.control_call(), Data::InPlace(word))
-            .and_then(Work::wait)?
-            .into_output();
-        drop(comm);
-        let ranks = |param: usize| match dtype {
-            Dtype::I64 => word.as_slice::<i64>()[param] as usize,
-            _ => word.as_slice::<i32>()[param] as usize,
-        };
-        let mut unused = Unused::default();
-        for param in 0..count {
-            let Some((bucket, entry)) = self.plan.grad_place(ParamId(param)) else {
-                continue;
-            };
-            let ranks = ranks(param);
-            self.buckets[bucket].set_used(entry, ranks > 0);
-            if ranks == 0 {
-                unused.everywhere.push(ParamId(param));
-            } else if ranks < self.world {
-                unused.somewhere.push(ParamId(param));
-            }
-        }
-        if dtype == Dtype::I64 {
-            let words = word.as_slice::<i64>()[count..].try_into();
-            self.squares = words.ok().map(SquareBins::from_words);
-        }
-        self.word = Some(word);
-        Ok(unused)
-    }
-
-    /// The squares of the gradients that this rank answers for. Those that nobody used are zeros here.
-    fn own_squares(&self) -> Result<SquareBins> {
-        let mut bins = SquareBins::new();
-        for (index, bucket) in self.buckets.iter().enumerate() {
-            if self.plan.buckets()[index].trainable && self.answers_for(index) {
-                bucket.add_squares(self.rank, &mut bins)?;
-            }
-        }
-        Ok(bins)
-    }
-
-    /// The squares of all gradients, added exactly: of those that the last synchronised backward left, unless something
-    /// has changed them since. All ranks get the same; where ranks hold different gradients and the control word did not
-    /// bring the sum, all must ask.
-    ///
-    /// # Errors
-    /// When a rank is gone.
-    pub fn squares(&self) -> Result<SquareBins> {
-        if let Some(squares) = &self.squares {
-            return Ok(squares.clone());
-        }
-        if !self.plan.shards_norm() {
-            return self.held_squares(|_| true);
-        }
-        let mut words = self
-            .held_squares(|index| self.answers_for(index))?
-            .words()
-            .to_vec();
-        crate::comm::Collectives::all_reduce(
-            &mut **self.groups.world.lock(),
-            &mut words,
-            crate::comm::ReduceOp::Sum,
-        )?;
-        let words = words.try_into().expect("as many words as were sent");
-        Ok(SquareBins::from_words(&words))
-    }
-
-    fn held_squares(&self, counts: impl Fn(usize) -> bool) -> Result<SquareBins> {
-        let mut bins = SquareBins::new();
-        for piece in self.plan.pieces(self.rank) {
-            if let Some(grad) = self.piece(&piece).filter(|_| counts(piece.bucket)) {
-                bins.add(grad)
-                    .map_err(Error::kernel(self.rank, "take a norm"))?;
-            }
-        }
-        Ok(bins)
-    }
-
-    /// Whether this rank counts the gradients of bucket `index`: its slices in the first replica, and, on rank 0, what all
-    /// ranks hold alike.
-    fn answers_for(&self, index: usize) -> bool {
-        match self.plan.buckets()[index].axis.shards_update() {
-            true => self.plan.mesh().replica(self.rank) == 0,
-            false => self.rank == 0,
-        }
-    }
-
-    /// Parameters without a gradient on this rank: what a strategy without reductions can say by itself.
-    pub fn unfilled(&self) -> Vec<ParamId> {
-        let places = (0..self.plan.params().len())
-            .map(|param| (ParamId(param), self.plan.grad_place(ParamId(param))));
-        let empty = |place: Option<(usize, usize)>| {
-            place.is_some_and(|(bucket, entry)| !self.buckets[bucket].is_held(entry))
-        };
-        places
-            .filter(|(_, place)| empty(*place))
-            .map(|(param, _)| param)
-            .collect()
     }
 
     /// What every gradient is still to be multiplied by.
@@ -651,6 +530,25 @@ impl Sequencer {
         self.squares = None;
         let (bucket, entry) = self.plan.grad_place(piece.param)?;
         self.buckets[bucket].piece_mut(entry, piece.place.clone())
+    }
+
+    /// Change every gradient that this rank updates with.
+    ///
+    /// # Errors
+    /// `f`'s.
+    pub fn each_piece_mut<E>(
+        &mut self,
+        mut f: impl FnMut(SpanMut<'_>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        for bucket in 0..self.buckets.len() {
+            for entry in 0..self.plan.buckets()[bucket].layout.entries().len() {
+                let piece = self.plan.part(bucket, entry, self.rank);
+                if let Some(grad) = piece.and_then(|piece| self.piece_mut(&piece)) {
+                    f(grad)?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// After an update of pieces: parameters return to where they stand between steps. Where each rank updates its own,
