@@ -105,3 +105,21 @@ fn a_library_that_cannot_give_up_memory_says_which_strategies_it_can_have() {
     );
     assert!(error.contains("zero2"), "{error}");
 }
+
+#[test]
+fn a_model_without_units_is_told_that_its_parameters_stay_whole() {
+    let warnings = |strategy: &str, model: fn() -> VecModel| {
+        let ranks = fabric(strategy, 2, &small_buckets()).launch_threads(|fabric| {
+            fabric.setup_module(model())?;
+            Ok(fabric.warnings())
+        });
+        ranks.unwrap().swap_remove(0)
+    };
+    let said = warnings("fsdp", two);
+    assert!(
+        said.len() == 1 && said[0].contains("has no units"),
+        "{said:?}"
+    );
+    assert!(warnings("zero2", two).is_empty());
+    assert!(warnings("fsdp", || two().in_units(["a", "b"]).unwrap()).is_empty());
+}

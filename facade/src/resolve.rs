@@ -123,7 +123,12 @@ pub fn resolve(request: &Request, outside: Option<usize>) -> Result<Resolved> {
         }
     };
     let state_dict_type = match request.state_dict_type.as_deref() {
-        None => StateDictType::default(),
+        // As Lightning's: what is sharded is saved in shards.
+        None if strategy.shard.shards_param() => {
+            reasons.push(format!("state_dict_type = sharded: {} is", strategy.name));
+            StateDictType::Sharded
+        }
+        None => StateDictType::Full,
         Some(text) => {
             reasons.push(format!("state_dict_type = {}: asked for", text.trim()));
             StateDictType::parse(text)?

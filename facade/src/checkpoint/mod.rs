@@ -50,10 +50,9 @@ const VALUES: &str = "fabric"; // the name under which values stand in the metad
 const CHUNK_BYTES: usize = 4 << 20; // of a tensor, read or written at once
 
 /// The form in which `fabric.save` writes a checkpoint.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StateDictType {
     /// One safetensors file, written by rank 0.
-    #[default]
     Full,
     /// A folder to which every rank writes what it holds.
     Sharded,

@@ -130,8 +130,8 @@ impl Builder {
         self
     }
 
-    /// The form of checkpoints: "full" (the default) is one file, which rank 0 writes; "sharded" is a folder, to which
-    /// every rank writes what it holds. See [`crate::checkpoint`].
+    /// The form of checkpoints: "full" is one file, which rank 0 writes; "sharded", the default where parameters are, is a
+    /// folder, to which every rank writes what it holds. See [`crate::checkpoint`].
     pub fn state_dict_type(mut self, form: &str) -> Self {
         self.request.state_dict_type = Some(form.into());
         self

@@ -132,6 +132,7 @@ impl Fabric {
             agree(&plan, &comm)?;
         }
         self.compare_types(&plan);
+        self.look_for_units(&plan);
         let groups = Groups::connect(comm.clone(), &plan)?;
         let forecast = plan.forecast(&groups);
         let model = Arc::new(model);
@@ -142,6 +143,18 @@ impl Fabric {
         model.attach(Arc::new(Reporter::new(&core)));
         Arc::make_mut(&mut lock(&self.inner.models)).push(core.clone());
         Ok(FabricModule::new(model, core))
+    }
+
+    /// Say so when parameters are to be sharded, and nothing says when they are used.
+    fn look_for_units(&self, plan: &Plan) {
+        let sharded = plan.row().shard.shards_param();
+        let (mut buckets, row) = (plan.buckets().iter(), plan.row().name);
+        if sharded && !buckets.any(|bucket| bucket.axis.shards_param()) {
+            self.warn(format!(
+                "strategy {row}, but the model has no units: all parameters stay whole, as under zero2. Make its blocks \
+                 units (fabric_candle::Unit::new, VecModel::in_units), which are gathered for their use"
+            ));
+        }
     }
 
     /// Say so when no parameter has the type that the precision promises.

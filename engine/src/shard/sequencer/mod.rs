@@ -2,25 +2,27 @@
 //! leave in plan order while backward goes on; at the end everything is waited for and the ranks compare which parameters
 //! were used; after the update parameters return to where they stand.
 
+mod gradients;
+mod update;
 mod word;
 
 use std::sync::Arc;
 
-use fabric_kernels::{Span, SpanMut, SquareBins};
+use fabric_kernels::SquareBins;
 
 use super::{
     Edge, ParamId, Parameters, SharedComm, UnitId,
     bucket::{Bucket, Memory},
     groups::Groups,
     mains::Mains,
-    plan::{Piece, Plan},
+    plan::Plan,
     pool::{Pool, Rest},
     units::{Pass, Units},
 };
 use crate::{
     buffer::{Buffer, Slab},
     comm::{
-        Data, Work,
+        Data,
         trace::{Event, Trace},
     },
     error::{Error, Result},
@@ -477,166 +479,6 @@ impl Sequencer {
         }
         self.is_mean = true;
         Ok(())
-    }
-
-    /// What every gradient is still to be multiplied by.
-    pub fn factor(&self) -> f64 {
-        self.factor
-    }
-
-    /// Multiply all gradients by `factor`: whoever reads them does it, in the same pass.
-    pub fn multiply(&mut self, factor: f64) {
-        self.factor *= factor;
-    }
-
-    /// Do now what [`Sequencer::multiply`] put off.
-    ///
-    /// # Errors
-    /// When the arithmetic refuses.
-    pub fn apply_scale(&mut self) -> Result<()> {
-        let factor = std::mem::replace(&mut self.factor, 1.0);
-        if factor == 1.0 {
-            return Ok(());
-        }
-        self.squares = None;
-        let mut held = self.buckets.iter_mut().filter(|bucket| bucket.holds());
-        held.try_for_each(|bucket| bucket.scale(self.rank, factor))
-    }
-
-    /// The gradient of `param`, in the reduce dtype and before [`Sequencer::factor`]; `None` when it has none, or this rank
-    /// holds a part of it only.
-    pub fn grad(&self, param: ParamId) -> Option<Span<'_>> {
-        let (bucket, entry) = self.plan.grad_place(param)?;
-        let place = self.plan.buckets()[bucket].layout.entries()[entry]
-            .1
-            .clone();
-        let own = self.plan.own(bucket, self.rank);
-        let inside = own.start <= place.start && place.end <= own.end;
-        if !inside || self.plan.buckets()[bucket].axis.shards_update() {
-            return None;
-        }
-        self.buckets[bucket].piece(entry, place)
-    }
-
-    /// The gradient of a piece that this rank updates, in the reduce dtype and before [`Sequencer::factor`]; `None` when its
-    /// parameter has none.
-    pub fn piece(&self, piece: &Piece) -> Option<Span<'_>> {
-        let (bucket, entry) = self.plan.grad_place(piece.param)?;
-        self.buckets[bucket].piece(entry, piece.place.clone())
-    }
-
-    /// The same, to change (to clip it, say).
-    pub fn piece_mut(&mut self, piece: &Piece) -> Option<SpanMut<'_>> {
-        self.squares = None;
-        let (bucket, entry) = self.plan.grad_place(piece.param)?;
-        self.buckets[bucket].piece_mut(entry, piece.place.clone())
-    }
-
-    /// Change every gradient that this rank updates with.
-    ///
-    /// # Errors
-    /// `f`'s.
-    pub fn each_piece_mut<E>(
-        &mut self,
-        mut f: impl FnMut(SpanMut<'_>) -> Result<(), E>,
-    ) -> Result<(), E> {
-        for bucket in 0..self.buckets.len() {
-            for entry in 0..self.plan.buckets()[bucket].layout.entries().len() {
-                let piece = self.plan.part(bucket, entry, self.rank);
-                if let Some(grad) = piece.and_then(|piece| self.piece_mut(&piece)) {
-                    f(grad)?;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// After an update of pieces: parameters return to where they stand between steps. Where each rank updates its own,
-    /// every rank's go to all; what was gathered for a unit is stale.
-    ///
-    /// # Errors
-    /// When a rank is gone, or a parameter refuses to be read or written.
-    pub fn step(&mut self) -> Result<()> {
-        self.check()?;
-        let result = self.spread();
-        self.keep(&result);
-        result
-    }
-
-    /// After the main values were changed by other means than an update that rewrites the model's copies: rewrite them, on
-    /// all ranks.
-    ///
-    /// # Errors
-    /// As [`Sequencer::step`].
-    pub fn refresh(&mut self) -> Result<()> {
-        self.check()?;
-        for (index, bucket) in self.plan.buckets().iter().enumerate() {
-            if bucket.has_main() && !bucket.axis.shards_param() {
-                for piece in self.plan.cut(index, self.rank) {
-                    self.mains.store(&self.plan, &piece, &*self.params)?;
-                }
-            }
-        }
-        self.step()
-    }
-
-    fn spread(&mut self) -> Result<()> {
-        self.units.renew(&self.plan, &*self.params)?;
-        let mut before = None;
-        for index in 0..self.buckets.len() {
-            let Some(call) = self.plan.after_step_call(index) else {
-                continue;
-            };
-            let shape = &self.plan.buckets()[index];
-            let (mut slab, rest) = self.units.pool().take(shape.param_dtype, shape.padded)?;
-            if shape.has_main() {
-                self.mains.copy_into(&self.plan, index, &mut slab)?;
-            } else {
-                for piece in self.plan.cut(index, self.rank) {
-                    self.params.with(piece.param, &mut |buffer| {
-                        buffer.read(piece.range.clone(), slab.part_mut(piece.place.clone()))
-                    })?;
-                }
-            }
-            let work = self
-                .groups
-                .gather
-                .lock()
-                .submit(call, Data::InPlace(slab))?;
-            // The next bucket is filled while the last one travels.
-            if let Some(last) = before.replace((index, work, rest)) {
-                self.arrive(last)?;
-            }
-        }
-        before.map_or(Ok(()), |last| self.arrive(last))
-    }
-
-    /// Write what others have updated of a bucket's parameters.
-    fn arrive(&mut self, (index, work, rest): (usize, Work, Rest)) -> Result<()> {
-        let slab = work.wait()?.into_output();
-        let own = self.plan.own(index, self.rank);
-        for (param, range) in self.plan.buckets()[index].layout.entries() {
-            let before = range.start..range.end.min(own.start);
-            let behind = range.start.max(own.end)..range.end;
-            for part in [before, behind] {
-                if part.start < part.end {
-                    let elements = part.start - range.start..part.end - range.start;
-                    self.params.with(*param, &mut |buffer| {
-                        buffer.write(elements.clone(), slab.part(part.clone()))
-                    })?;
-                }
-            }
-        }
-        self.units.pool().give(slab, rest);
-        Ok(())
-    }
-
-    /// Forget all gradients.
-    pub fn zero_grad(&mut self) {
-        self.buckets.iter_mut().for_each(Bucket::clear);
-        self.squares = None;
-        self.factor = 1.0;
-        self.is_mean = false;
     }
 
     /// Whether a synchronised backward reduces anything.

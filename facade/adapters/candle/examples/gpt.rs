@@ -40,6 +40,7 @@ fn main() -> Result<()> {
         .devices_text(&args.devices)
         .strategy(&args.strategy)
         .precision(&args.precision)
+        .state_dict_type("full")
         .logger(CsvLogger::new(folder, &name));
     if let Some(ranks) = args.group {
         builder = builder.group(ranks);
