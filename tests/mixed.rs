@@ -168,3 +168,49 @@ fn a_model_of_another_type_than_promised_is_remarked_on() {
     let warnings = warned("bf16-mixed");
     assert!(warnings[0].contains("'w' is f32"), "{warnings:?}");
 }
+
+#[test]
+fn gradients_may_travel_as_bf16_and_are_added_in_f32_all_the_same() {
+    let grad = |rank: usize| {
+        let value = |index: usize| bf16::from_f32((index * 37 + rank * 101 % 97) as f32 / 64.0);
+        (0..50).map(value).collect::<Vec<_>>()
+    };
+    for world in [2, 3] {
+        // The tree in f32, one multiplication, one rounding.
+        let wide = |rank: usize| grad(rank).into_iter().map(bf16::to_f32).collect::<Vec<_>>();
+        let mut sum = wide(0);
+        for rank in 1..world {
+            sum.iter_mut().zip(wide(rank)).for_each(|(a, b)| *a += b);
+        }
+        let mean = sum
+            .into_iter()
+            .map(|sum| bf16::from_f32(sum * (1.0 / world as f32)));
+        let expected = mean
+            .map(|mean| bf16::from_f32(1.0 - mean.to_f32()))
+            .collect::<Vec<_>>();
+        for row in ["ddp", "zero1", "zero2", "fsdp"] {
+            let options = Options {
+                reduce_dtype: Some(fabric::engine::kernels::Dtype::BF16),
+                ..Options::default()
+            };
+            let builder = Fabric::builder()
+                .devices(world)
+                .strategy(row)
+                .buckets(options);
+            let ranks = builder.build().unwrap().launch_threads(|fabric| {
+                let model = VecModel::new([("w", vec![bf16::ONE; 50])]);
+                let (model, mut optimizer) = fabric.setup(model, Sgd::new(1.0))?;
+                let before = fabric.spent()?.bytes;
+                fabric.backward(model.gradients(vec![Some(grad(fabric.global_rank()))]))?;
+                let sent = fabric.spent()?.bytes - before;
+                assert_eq!(sent, model.forecast().last_backward.bytes, "{row}");
+                optimizer.step()?;
+                Ok(model.read("w"))
+            });
+            assert!(
+                ranks.unwrap().iter().all(|rank| *rank == expected),
+                "{row}, {world} ranks"
+            );
+        }
+    }
+}
