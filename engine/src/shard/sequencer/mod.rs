@@ -261,13 +261,6 @@ impl Sequencer {
         self.multiply(loss_scale);
         self.apply_scale()?;
         self.factor = 1.0 / loss_scale;
-        if std::mem::take(&mut self.is_mean) {
-            // A mean stands for every rank's share of the sum that is taken next.
-            let factor = self.plan.mesh().shards as f64;
-            for bucket in self.buckets.iter_mut().filter(|bucket| bucket.holds()) {
-                bucket.scale(self.rank, factor)?;
-            }
-        }
         for bucket in &mut self.buckets {
             bucket.begin(self.rank)?;
         }
@@ -332,6 +325,7 @@ impl Sequencer {
         }
         self.trace.note(Event::Ready { param: param.0 });
         self.touched = true;
+        self.share_mean()?;
         if self.buckets[bucket].wants_memory() {
             let memory = self.borrow_block(bucket)?;
             self.buckets[bucket].lend(memory);
@@ -345,6 +339,18 @@ impl Sequencer {
             self.leave_backward(unit)?;
         }
         Ok(Keep::Drop)
+    }
+
+    /// A mean over replicas stands for every rank's share of the sum that is taken next. Not before there is something to
+    /// add: a backward may turn out to concern another model.
+    fn share_mean(&mut self) -> Result<()> {
+        if std::mem::take(&mut self.is_mean) {
+            let factor = self.plan.mesh().shards as f64;
+            for bucket in self.buckets.iter_mut().filter(|bucket| bucket.holds()) {
+                bucket.scale(self.rank, factor)?;
+            }
+        }
+        Ok(())
     }
 
     /// Whether all gradients of a unit have arrived.
@@ -440,6 +446,7 @@ impl Sequencer {
         let Phase::Backward { sync, launched } = self.phase else {
             return Err(self.error("the end of a backward that never began", "Call begin first"));
         };
+        self.share_mean()?;
         for index in launched..self.buckets.len() {
             self.launch(index)?;
         }
