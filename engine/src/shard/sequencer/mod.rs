@@ -488,9 +488,13 @@ impl Sequencer {
         Ok(())
     }
 
-    /// Whether a synchronised backward reduces anything.
-    pub fn reduces(&self) -> bool {
-        self.plan.reduces()
+    /// Whether ranks need each other in a backward, which may be synchronised: one that fails leaves the others waiting.
+    pub fn meets(&self, sync: bool) -> bool {
+        let each = |index: usize| {
+            let bucket = &self.plan.buckets()[index];
+            bucket.unit.is_some() || (bucket.trainable && self.plan.reduces_each(index))
+        };
+        (sync && self.plan.reduces()) || (0..self.buckets.len()).any(each)
     }
 
     /// What was needed for a moment, at most, so far.
