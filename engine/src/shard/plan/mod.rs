@@ -370,17 +370,26 @@ impl Plan {
         facts.extend(self.params.iter().map(|param| {
             let frozen = if param.trainable { "" } else { ", frozen" };
             format!(
-                "parameter '{}': {} {:?}{frozen}",
-                param.name, param.dtype, param.shape
+                "parameter '{}': {} {:?}{frozen}{}",
+                param.name,
+                param.dtype,
+                param.shape,
+                home.unwrap_or_default()
             )
         }));
+            let home = param.home().map(|unit| format!(", in unit {}", unit.0));
         facts.extend(self.units.iter().map(|unit| format!("unit '{unit}'")));
         facts.extend(self.buckets.iter().enumerate().map(|(index, bucket)| {
             format!(
-                "bucket {index}: {} x {}, updated as {}",
+                "bucket {index}: {} x {}, {stands}, updated as {}",
                 bucket.padded, bucket.dtype, bucket.main_dtype
             )
         }));
+            let stands = match (bucket.axis.shards_param(), bucket.axis.shards_update()) {
+                (true, _) => "sharded",
+                (false, true) => "updated in slices",
+                (false, false) => "whole",
+            };
         facts
     }
 
