@@ -126,6 +126,11 @@ impl Bucket {
         matches!(self.whole, Place::Away(..))
     }
 
+    /// Whether what is on its way is a pool's.
+    pub(super) fn owes_memory(&self) -> bool {
+        self.pooled && self.is_away()
+    }
+
     /// Whether taking a gradient in needs memory that a pool lends.
     pub(super) fn wants_memory(&self) -> bool {
         matches!(self.whole, Place::Nowhere)
@@ -252,11 +257,6 @@ impl Bucket {
         }
     }
 
-    /// Add the squares of what this rank holds.
-    pub(super) fn add_squares(&self, rank: usize, bins: &mut SquareBins) -> Result<()> {
-        match self.reduced(0..self.own.len()) {
-            Some(span) => bins.add(span).map_err(Error::kernel(rank, "take a norm")),
-            None => Ok(()),
     /// Multiply everything: what an optimizer reads, and what the next reduction takes along.
     pub(super) fn scale_all(&mut self, rank: usize, factor: f64) -> Result<()> {
         let scale = |span: SpanMut<'_>| {
@@ -278,6 +278,11 @@ impl Bucket {
         }
     }
 
+    /// Add the squares of what this rank holds.
+    pub(super) fn add_squares(&self, rank: usize, bins: &mut SquareBins) -> Result<()> {
+        match self.reduced(0..self.own.len()) {
+            Some(span) => bins.add(span).map_err(Error::kernel(rank, "take a norm")),
+            None => Ok(()),
         }
     }
 

@@ -362,7 +362,7 @@ impl Sequencer {
     /// Memory for the gradients of bucket `index`: a free block, or that of the reduction that was launched first.
     fn borrow_block(&mut self, index: usize) -> Result<(Slab, Rest)> {
         if !self.blocks.has_free()
-            && let Some(oldest) = self.buckets.iter_mut().find(|bucket| bucket.is_away())
+            && let Some(oldest) = self.buckets.iter_mut().find(|bucket| bucket.owes_memory())
         {
             oldest.land(self.rank, &mut self.blocks)?;
         }
