@@ -3,6 +3,7 @@
 mod blocks;
 mod checkpoint;
 mod circle;
+mod corners;
 mod ddp;
 mod exhaustive;
 mod facade;

@@ -2,7 +2,10 @@
 //! estimates. First the formulas against the tables; then our own plans against the formulas, wherever both keep the same.
 
 use fabric::{
-    engine::{kernels::Dtype, shard::plan::Options},
+    engine::{
+        kernels::Dtype,
+        shard::plan::{Options, ShardBy},
+    },
     planner::{
         Description,
         published::{Cluster, Megatron, Offload, megatron, zero},
@@ -194,6 +197,20 @@ fn what_is_sent_is_what_the_papers_count() {
             sent(row, 4)
         );
     }
+}
+
+#[test]
+fn the_rank_that_needs_most_is_shown_where_parameters_are_not_cut() {
+    let options = Options {
+        shard_by: ShardBy::Tensor,
+        ..Options::default()
+    };
+    let description = Description::new(13, 3, 2, "zero1").unwrap(); // 5, 4 and 4 elements: 5 to rank 0, 8 to rank 1
+    let description = description.options(options);
+    assert_eq!(description.footprint().unwrap().optim, 8 * 2 * 4);
+    let text = description.explain(None).unwrap();
+    let line = text.lines().find(|line| line.contains("optimizer"));
+    assert!(line.is_some_and(|line| line.contains("64 B")), "{text}");
 }
 
 #[test]

@@ -126,6 +126,11 @@ impl Bucket {
         matches!(self.whole, Place::Away(..))
     }
 
+    /// Whether what is on its way is a pool's.
+    pub(super) fn owes_memory(&self) -> bool {
+        self.pooled && self.is_away()
+    }
+
     /// Whether taking a gradient in needs memory that a pool lends.
     pub(super) fn wants_memory(&self) -> bool {
         matches!(self.whole, Place::Nowhere)
@@ -249,6 +254,27 @@ impl Bucket {
                 kernels::scale(span, factor).map_err(Error::kernel(rank, "scale gradients"))
             }
             None => Ok(()),
+        }
+    }
+
+    /// Multiply everything: what an optimizer reads, and what the next reduction takes along.
+    pub(super) fn scale_all(&mut self, rank: usize, factor: f64) -> Result<()> {
+        let scale = |span: SpanMut<'_>| {
+            kernels::scale(span, factor).map_err(Error::kernel(rank, "scale gradients"))
+        };
+        if let (Some(Place::Here(sum, _)), true) = (&mut self.sum, self.summing) {
+            scale(sum.part_mut(0..self.own.len()))?;
+        }
+        let range = if self.filled.contains(&true) {
+            0..self.plan.padded
+        } else if self.sum.is_none() && self.holds() {
+            self.own.clone()
+        } else {
+            return Ok(());
+        };
+        match &mut self.whole {
+            Place::Here(whole, _) => scale(whole.part_mut(range)),
+            _ => Ok(()),
         }
     }
 

@@ -129,7 +129,7 @@ impl Units {
     /// The units that follow `unit`, nearest first.
     fn next(&self, unit: usize, pass: Pass, count: usize) -> impl Iterator<Item = usize> + use<> {
         let range: Range<usize> = match pass {
-            Pass::Forward => unit + 1..self.units.len().min(unit + 1 + count),
+            Pass::Forward => unit + 1..self.units.len().min((unit + 1).saturating_add(count)),
             Pass::Backward => unit.saturating_sub(count)..unit,
         };
         let (mut forward, mut backward) = match pass {

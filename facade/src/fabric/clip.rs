@@ -50,9 +50,13 @@ impl Fabric {
         module: &FabricModule<M>,
         clip: Clip,
     ) -> Result<Option<f64>> {
+        let scaled = self.loss_scaler_state().is_some();
         let mut sequencer = module.core.sequencer();
         match clip {
             Clip::Value(limit) => {
+                if scaled && !sequencer.squares()?.is_finite() {
+                    return Ok(None); // the step will be skipped, which finite values would prevent
+                }
                 sequencer.apply_scale()?;
                 sequencer.each_piece_mut(|grad| kernels::clamp(grad, limit))?;
                 Ok(None)
@@ -68,7 +72,7 @@ impl Fabric {
                     2.0 => sequencer.squares()?.norm(),
                     _ => largest(&mut sequencer)?,
                 } * sequencer.factor();
-                if !norm.is_finite() && self.loss_scaler_state().is_some() {
+                if !norm.is_finite() && scaled {
                     return Ok(Some(norm)); // the step will be skipped
                 }
                 if !norm.is_finite() {

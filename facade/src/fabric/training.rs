@@ -207,7 +207,7 @@ impl Fabric {
     ///
     /// # Errors
     /// The library's error, a hook's, or a reduction's: a rank that is gone, or one that does something else. When
-    /// gradients were to be averaged, the error ends the job on all ranks.
+    /// gradients were to be reduced or parameters to be gathered, the error ends the job on all ranks.
     pub fn backward(&self, loss: impl Backward) -> Result<()> {
         self.backward_scaled(loss, 1.0)
     }
@@ -261,13 +261,13 @@ impl Fabric {
     }
 
     /// A backward failed. The other ranks wait for gradients that will not come, and zeros in their place would be
-    /// wrong: unless nothing was to be reduced, the job ends here.
+    /// wrong: unless the ranks were not to meet, the job ends here.
     fn give_up(&self, cores: &[Arc<Core>], error: EngineError) -> EngineError {
         // A hook's own words come before those that a library wraps around them.
         let kept = cores.iter().find_map(|core| core.sequencer().failure());
         let error = kept.unwrap_or(error);
-        let reduces = |core: &Arc<Core>| core.syncs() && core.sequencer().reduces();
-        if !cores.iter().any(reduces) {
+        let meets = |core: &Arc<Core>| core.sequencer().meets(core.syncs());
+        if !cores.iter().any(meets) {
             cores.iter().for_each(|core| core.sequencer().cancel());
             return error;
         }

@@ -112,12 +112,12 @@ impl Description {
         Ok(plan)
     }
 
-    /// Bytes on rank 0, which has as much as any.
+    /// Bytes on the rank that needs most.
     ///
     /// # Errors
     /// As [`Description::plan`].
     pub fn footprint(&self) -> Result<fabric_engine::shard::plan::Footprint> {
-        Ok(self.plan()?.footprint(0, self.states))
+        Ok(self.plan()?.largest_footprint(self.states))
     }
 
     /// What a rank sends at least, whatever the algorithms.

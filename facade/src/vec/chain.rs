@@ -2,10 +2,7 @@
 //! what flows between blocks is kept; a block's backward computes again what it needs (activation checkpointing, Chen et
 //! al. 2016), so that parameters can be dropped after its forward and its gradients leave while the next block computes.
 
-use std::{
-    ops::Deref,
-    sync::{MutexGuard, PoisonError},
-};
+use std::sync::PoisonError;
 
 use fabric_engine::{Error, Result, kernels::Element};
 
@@ -202,26 +199,25 @@ impl<T: Element> Backward for PassLoss<'_, T> {
 }
 
 impl<T: Element> VecModel<T> {
-    /// Call `f` with the values of some parameters.
+    /// Call `f` with the values of some parameters. A parameter may be named twice.
     ///
     /// # Errors
     /// When one has no values at present.
     pub fn lent<R>(&self, params: &[ParamId], f: impl FnOnce(&[&[T]]) -> R) -> Result<R> {
-        let lock = |param: &ParamId| {
-            self.values[param.0]
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
+        let first = |param: &ParamId| params.iter().position(|other| other == param);
+        let lock = |(index, param): (usize, &ParamId)| {
+            let slot = || self.values[param.0].lock();
+            // A second lock of one parameter would wait for the first.
+            (first(param) == Some(index)).then(|| slot().unwrap_or_else(PoisonError::into_inner))
         };
-        let slots = params.iter().map(lock).collect::<Vec<_>>();
-        let values = |(slot, param): (&MutexGuard<'_, Slot<T>>, &ParamId)| match slot.deref() {
-            Slot::Here(_) => Ok(()),
-            _ => Err(self.absent(*param)),
+        let slots = params.iter().enumerate().map(lock).collect::<Vec<_>>();
+        let values = |param: &ParamId| {
+            let slot = first(param).and_then(|index| slots[index].as_deref());
+            match slot {
+                Some(Slot::Here(values)) => Ok(values.as_slice()),
+                _ => Err(self.absent(*param)),
+            }
         };
-        slots.iter().zip(params).try_for_each(values)?;
-        let slices = slots.iter().filter_map(|slot| match slot.deref() {
-            Slot::Here(values) => Some(values.as_slice()),
-            _ => None,
-        });
-        Ok(f(&slices.collect::<Vec<_>>()))
+        Ok(f(&params.iter().map(values).collect::<Result<Vec<_>>>()?))
     }
 }

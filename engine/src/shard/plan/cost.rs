@@ -79,6 +79,8 @@ impl Prices for Least {
 pub struct Forecast {
     /// In the forward of one micro-batch: parameters of units.
     pub forward: Spent,
+    /// The same, of a micro-batch that is not the first: nothing, where units stay until the update.
+    pub next_forward: Spent,
     /// In the backward of a micro-batch that is not the last.
     pub backward: Spent,
     /// In the backward of the last.
@@ -95,11 +97,10 @@ impl Forecast {
     pub fn total(&self, batches: usize) -> Spent {
         let mut total = self.last_backward;
         total += self.step;
-        for batch in 0..batches {
-            total += self.forward;
-            if batch > 0 {
-                total += self.backward;
-            }
+        total += self.forward;
+        for _ in 1..batches {
+            total += self.next_forward;
+            total += self.backward;
         }
         total
     }
@@ -122,6 +123,9 @@ impl Plan {
             if let Some(unit) = bucket.unit {
                 let forward = gather(Among::Gather);
                 cost.forward += forward;
+                if self.options().reshard_after_forward != Reshard::No {
+                    cost.next_forward += forward;
+                }
                 if unit.0 == 0 || self.options().prefetch == 0 {
                     first_gather += forward;
                 }

@@ -42,7 +42,7 @@ impl Plan {
     pub fn explain(&self, forecast: &Forecast, states: usize, link: Option<Link>) -> String {
         let mut text = String::new();
         self.explain_shape(&mut text);
-        self.explain_memory(&mut text, &self.footprint(0, states));
+        self.explain_memory(&mut text, &self.largest_footprint(states));
         self.explain_wire(&mut text, forecast, link);
         self.explain_accumulation(&mut text, forecast);
         self.explain_ties(&mut text);

@@ -1,7 +1,7 @@
 //! What a plan costs one rank in memory: what stays, and what is needed for a moment. Activations, and what the tensor
 //! library itself holds of a gradient before it hands it over, are the program's.
 
-use super::{BucketPlan, Plan, Reshard};
+use super::{BucketPlan, Plan, Reshard, ShardBy};
 use crate::comm::Rank;
 
 /// Bytes on one rank.
@@ -59,6 +59,16 @@ impl Plan {
         }
         bytes.units = self.whole_units();
         bytes
+    }
+
+    /// The same, of the rank that needs most: the first, unless slices end where parameters do.
+    pub fn largest_footprint(&self, states: usize) -> Footprint {
+        let ranks = match self.options().shard_by {
+            ShardBy::Element => 1,
+            ShardBy::Tensor => self.mesh().shards,
+        };
+        let all = (0..ranks).map(|rank| self.footprint(rank, states));
+        all.max_by_key(Footprint::total).unwrap_or_default()
     }
 
     /// What bucket `index` keeps of gradients.

@@ -330,9 +330,14 @@ impl Plan {
         let most = (0..self.units.len()).map(in_unit).max().unwrap_or(0);
         let after_step =
             (0..self.buckets.len()).filter(|index| self.after_step_call(*index).is_some());
+        // No more units are on their way than there are beside the one in use.
+        let ahead = self
+            .options
+            .prefetch
+            .min(self.units.len().saturating_sub(1));
         (
             largest,
-            (most * self.options.prefetch.max(1)).max(after_step.count().min(2)),
+            (most * ahead.max(1)).max(after_step.count().min(2)),
         )
     }
 
@@ -369,15 +374,24 @@ impl Plan {
         ];
         facts.extend(self.params.iter().map(|param| {
             let frozen = if param.trainable { "" } else { ", frozen" };
+            let home = param.home().map(|unit| format!(", in unit {}", unit.0));
             format!(
-                "parameter '{}': {} {:?}{frozen}",
-                param.name, param.dtype, param.shape
+                "parameter '{}': {} {:?}{frozen}{}",
+                param.name,
+                param.dtype,
+                param.shape,
+                home.unwrap_or_default()
             )
         }));
         facts.extend(self.units.iter().map(|unit| format!("unit '{unit}'")));
         facts.extend(self.buckets.iter().enumerate().map(|(index, bucket)| {
+            let stands = match (bucket.axis.shards_param(), bucket.axis.shards_update()) {
+                (true, _) => "sharded",
+                (false, true) => "updated in slices",
+                (false, false) => "whole",
+            };
             format!(
-                "bucket {index}: {} x {}, updated as {}",
+                "bucket {index}: {} x {}, {stands}, updated as {}",
                 bucket.padded, bucket.dtype, bucket.main_dtype
             )
         }));

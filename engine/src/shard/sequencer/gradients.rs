@@ -29,8 +29,8 @@ impl Sequencer {
             return Ok(());
         }
         self.squares = None;
-        let mut held = self.buckets.iter_mut().filter(|bucket| bucket.holds());
-        held.try_for_each(|bucket| bucket.scale(self.rank, factor))
+        let mut buckets = self.buckets.iter_mut();
+        buckets.try_for_each(|bucket| bucket.scale_all(self.rank, factor))
     }
 
     /// The gradient of `param`, in the reduce dtype and before [`Sequencer::factor`]; `None` when it has none, or this rank

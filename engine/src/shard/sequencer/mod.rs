@@ -261,13 +261,6 @@ impl Sequencer {
         self.multiply(loss_scale);
         self.apply_scale()?;
         self.factor = 1.0 / loss_scale;
-        if std::mem::take(&mut self.is_mean) {
-            // A mean stands for every rank's share of the sum that is taken next.
-            let factor = self.plan.mesh().shards as f64;
-            for bucket in self.buckets.iter_mut().filter(|bucket| bucket.holds()) {
-                bucket.scale(self.rank, factor)?;
-            }
-        }
         for bucket in &mut self.buckets {
             bucket.begin(self.rank)?;
         }
@@ -332,6 +325,7 @@ impl Sequencer {
         }
         self.trace.note(Event::Ready { param: param.0 });
         self.touched = true;
+        self.share_mean()?;
         if self.buckets[bucket].wants_memory() {
             let memory = self.borrow_block(bucket)?;
             self.buckets[bucket].lend(memory);
@@ -347,6 +341,18 @@ impl Sequencer {
         Ok(Keep::Drop)
     }
 
+    /// A mean over replicas stands for every rank's share of the sum that is taken next. Not before there is something to
+    /// add: a backward may turn out to concern another model.
+    fn share_mean(&mut self) -> Result<()> {
+        if std::mem::take(&mut self.is_mean) {
+            let factor = self.plan.mesh().shards as f64;
+            for bucket in self.buckets.iter_mut().filter(|bucket| bucket.holds()) {
+                bucket.scale(self.rank, factor)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Whether all gradients of a unit have arrived.
     fn is_done(&self, unit: UnitId) -> bool {
         let buckets = self.units.buckets(unit);
@@ -356,7 +362,7 @@ impl Sequencer {
     /// Memory for the gradients of bucket `index`: a free block, or that of the reduction that was launched first.
     fn borrow_block(&mut self, index: usize) -> Result<(Slab, Rest)> {
         if !self.blocks.has_free()
-            && let Some(oldest) = self.buckets.iter_mut().find(|bucket| bucket.is_away())
+            && let Some(oldest) = self.buckets.iter_mut().find(|bucket| bucket.owes_memory())
         {
             oldest.land(self.rank, &mut self.blocks)?;
         }
@@ -440,6 +446,7 @@ impl Sequencer {
         let Phase::Backward { sync, launched } = self.phase else {
             return Err(self.error("the end of a backward that never began", "Call begin first"));
         };
+        self.share_mean()?;
         for index in launched..self.buckets.len() {
             self.launch(index)?;
         }
@@ -481,9 +488,13 @@ impl Sequencer {
         Ok(())
     }
 
-    /// Whether a synchronised backward reduces anything.
-    pub fn reduces(&self) -> bool {
-        self.plan.reduces()
+    /// Whether ranks need each other in a backward, which may be synchronised: one that fails leaves the others waiting.
+    pub fn meets(&self, sync: bool) -> bool {
+        let each = |index: usize| {
+            let bucket = &self.plan.buckets()[index];
+            bucket.unit.is_some() || (bucket.trainable && self.plan.reduces_each(index))
+        };
+        (sync && self.plan.reduces()) || (0..self.buckets.len()).any(each)
     }
 
     /// What was needed for a moment, at most, so far.
