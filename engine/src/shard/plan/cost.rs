@@ -79,6 +79,8 @@ impl Prices for Least {
 pub struct Forecast {
     /// In the forward of one micro-batch: parameters of units.
     pub forward: Spent,
+    /// In the forward of each further micro-batch of a step: nothing, where parameters stay until the update.
+    pub forward_again: Spent,
     /// In the backward of a micro-batch that is not the last.
     pub backward: Spent,
     /// In the backward of the last.
@@ -95,11 +97,10 @@ impl Forecast {
     pub fn total(&self, batches: usize) -> Spent {
         let mut total = self.last_backward;
         total += self.step;
-        for batch in 0..batches {
-            total += self.forward;
-            if batch > 0 {
-                total += self.backward;
-            }
+        total += self.forward;
+        for _ in 1..batches {
+            total += self.forward_again;
+            total += self.backward;
         }
         total
     }
@@ -155,6 +156,9 @@ impl Plan {
                 cost.last_backward += replica;
                 cost.exposed += replica;
             }
+        }
+        if self.options().reshard_after_forward != Reshard::No {
+            cost.forward_again = cost.forward;
         }
         if self.reduces() {
             let (dtype, numel) = self.control_word();

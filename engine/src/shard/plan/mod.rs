@@ -9,7 +9,7 @@ mod memory;
 mod options;
 
 pub use cost::{Among, Forecast, Least, Prices};
-pub use explain::{bytes_text, count_text};
+pub use explain::{bytes_text, count_text, several, time_text};
 pub use memory::Footprint;
 pub use options::{Accumulate, Options, Reshard, ShardBy};
 
@@ -332,7 +332,8 @@ impl Plan {
             (0..self.buckets.len()).filter(|index| self.after_step_call(*index).is_some());
         (
             largest,
-            (most * self.options.prefetch.max(1)).max(after_step.count().min(2)),
+            (most * self.options.prefetch.clamp(1, self.units.len().max(1)))
+                .max(after_step.count().min(2)),
         )
     }
 
