@@ -318,15 +318,17 @@ fn what_each_part_of_a_step_costs_is_what_the_plan_says() {
                 let (model, mut optimizer) = fabric.setup(model::<f32>(), Sgd::new(0.01))?;
                 let (chain, cost) = (chain(&model, uses_extra(rank)), model.forecast());
                 for step in 0..3 {
+                    let begun = fabric.spent()?;
                     for batch in 0..2 {
                         let (input, target) = sample(rank, step, batch);
                         let before = fabric.spent()?;
                         let pass = chain.forward(&model, input)?;
                         let forward = fabric.spent()?;
-                        let first = batch == 0 || options.reshard_after_forward != Reshard::No;
-                        if first {
-                            assert_eq!(forward - before, cost.forward, "{strategy}: forward");
-                        }
+                        let due = match batch {
+                            0 => cost.forward,
+                            _ => cost.forward_again,
+                        };
+                        assert_eq!(forward - before, due, "{strategy}: forward {batch}");
                         let error = pass.output().iter().zip(&target).map(|(y, t)| y - t);
                         let error = error.collect();
                         fabric.no_backward_sync(&model, batch == 0, || {
@@ -344,7 +346,9 @@ fn what_each_part_of_a_step_costs_is_what_the_plan_says() {
                     }
                     let before = fabric.spent()?;
                     optimizer.step()?;
-                    assert_eq!(fabric.spent()? - before, cost.step, "{strategy}: step");
+                    let after = fabric.spent()?;
+                    assert_eq!(after - before, cost.step, "{strategy}: step");
+                    assert_eq!(after - begun, cost.total(2), "{strategy}: all of it");
                     optimizer.zero_grad();
                 }
                 Ok(())
@@ -365,10 +369,11 @@ fn the_plan_says_what_will_happen() {
         .unwrap();
     for fact in [
         "fsdp on 4 ranks",
-        "185 parameters, 0 of them frozen, in 4 units",
+        "185 parameters in 4 units",
         "multiplied by 1/4 once",
         "'block.0.scale' is used outside of 'block.0' too",
         "Accumulate::Keep would reduce once",
+        "exposed is what no computation runs beside: the first gather, the last reduction",
         "that nothing can hide",
     ] {
         assert!(texts[0].contains(fact), "{fact}: {}", texts[0]);

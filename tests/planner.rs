@@ -253,3 +253,47 @@ fn a_description_that_makes_no_sense_is_refused() {
             .contains("groups of 3")
     );
 }
+
+#[test]
+fn a_description_is_told_what_it_asks_for_in_vain() {
+    let text = |result: fabric::Result<Description>| result.err().unwrap().to_string();
+    assert!(text(Description::new(1 << 30, 1 << 20, 2, "fsdp")).contains("at most 10000"));
+    let options = |group, prefetch| Options {
+        group,
+        prefetch,
+        ..Options::default()
+    };
+    let grouped = Description::new(100, 1, 4, "fsdp").unwrap();
+    let error = grouped.options(options(Some(2), 1)).plan().err().unwrap();
+    assert!(error.to_string().contains("Choose 'hsdp'"), "{error}");
+    // There are no more units to ask ahead for than there are.
+    let travel = |prefetch| {
+        let description = Description::new(1000, 5, 2, "fsdp").unwrap();
+        let description = description.options(options(None, prefetch));
+        description.footprint().unwrap().travel
+    };
+    assert!(travel(4) < travel(5));
+    assert_eq!(travel(5), travel(1000));
+}
+
+#[test]
+fn a_plan_counts_in_words_that_fit() {
+    let words = |world, row| {
+        let description = Description::new(100, 2, world, row).unwrap();
+        description.explain(None).unwrap()
+    };
+    let fsdp = words(2, "fsdp");
+    for line in [
+        "fsdp on 2 ranks\n",
+        "100 parameters in 2 units and 2 buckets\n",
+        "the largest unit is 'layer.0' with 50 parameters\n",
+        "exposed is what no computation runs beside: the first gather, the last reduction, the control word\n",
+    ] {
+        assert!(fsdp.contains(line), "{line}{fsdp}");
+    }
+    let ddp = words(2, "ddp");
+    assert!(ddp.contains("100 parameters in 1 bucket\n"), "{ddp}");
+    assert!(ddp.contains("2 collectives\n"), "{ddp}");
+    assert!(words(1, "fsdp").contains("fsdp on 1 rank\n"));
+    assert!(words(1, "single").contains("nothing is sent\n"));
+}

@@ -165,6 +165,17 @@ fn accelerator(name: Option<&str>, reasons: &mut Vec<String>) -> Result<&'static
     Ok("cpu")
 }
 
+/// Refuse a group that was asked for where nothing is grouped.
+pub(crate) fn check_group(row: &Row, group: Option<usize>) -> Result<()> {
+    match group {
+        Some(ranks) if row.replica.is_none() => Err(Error::argument(
+            format!("groups of {ranks} under '{}', which has none", row.name),
+            "Choose 'hsdp', which shards within groups, or leave the group out",
+        )),
+        _ => Ok(()),
+    }
+}
+
 /// The strategy of this name.
 pub(crate) fn row(name: &str) -> Result<Row> {
     Row::named(name).ok_or_else(|| {

@@ -35,6 +35,7 @@ impl Link {
         if comm.size() == 1 {
             return Ok(None);
         }
+        // The median: on a busy machine single ones take as long as the system likes.
         let mut timed = |elems: usize, count: usize| {
             let mut slab = comm.alloc(Dtype::F32, elems)?;
             let call = Call::new(Op::AllReduce(ReduceOp::Max)).blocking();
@@ -43,17 +44,22 @@ impl Link {
                 Ok::<_, Error>(work.wait()?.into_output())
             };
             slab = once(comm, slab)?; // the first of a size sets things up
-            let (before, begun) = (comm.spent(), clock.now());
+            let (before, mut took) = (comm.spent(), Vec::with_capacity(count));
             for _ in 0..count {
+                let begun = clock.now();
                 slab = once(comm, slab)?;
+                took.push((clock.now() - begun).as_secs_f64());
             }
-            Ok::<_, Error>(((clock.now() - begun).as_secs_f64(), comm.spent() - before))
+            took.sort_by(f64::total_cmp);
+            let (median, sent) = (took[count / 2], comm.spent() - before);
+            let of_one = |all: u64| all.max(1) as f64 / count as f64;
+            Ok::<_, Error>((median, of_one(sent.messages), of_one(sent.bytes)))
         };
-        let (latency_s, sent) = timed(1, SMALL)?;
-        let alpha_s = latency_s / sent.messages.max(1) as f64;
-        let (large_s, sent) = timed(LARGE_ELEMS, LARGE)?;
-        let in_bytes = (large_s - alpha_s * sent.messages as f64).max(large_s / 10.0);
-        let mut slowest = vec![alpha_s, in_bytes / sent.bytes.max(1) as f64];
+        let (latency_s, messages, _) = timed(1, SMALL)?;
+        let alpha_s = latency_s / messages;
+        let (large_s, messages, bytes) = timed(LARGE_ELEMS, LARGE)?;
+        let in_bytes = (large_s - alpha_s * messages).max(large_s / 10.0);
+        let mut slowest = vec![alpha_s, in_bytes / bytes];
         comm.all_reduce(&mut slowest, ReduceOp::Max)?;
         Ok(Some(Self {
             alpha_s: slowest[0],

@@ -1,13 +1,15 @@
 //! The command line: `fabric plan` says what a job would need, before there is one.
 
+use std::io::{ErrorKind, Write};
+
 use clap::{Parser, Subcommand, ValueEnum};
 use fabric::{
     Error, Result,
     engine::{
         comm::Link,
-        shard::plan::{Accumulate, Options, Reshard, bytes_text},
+        shard::plan::{Accumulate, Options, Reshard, bytes_text, several},
     },
-    planner::{Description, parse_count, published},
+    planner::{Description, parse_bytes, parse_count, published},
 };
 
 /// Lightning Fabric for Rust
@@ -54,22 +56,22 @@ struct PlanArgs {
     /// Micro-batches a step
     #[arg(long, default_value_t = 1)]
     micro_batches: usize,
-    /// Keep full gradients between micro-batches, and reduce once
+    /// Keep full gradients between micro-batches, and reduce once: Accumulate::Keep
     #[arg(long)]
     keep_gradients: bool,
-    /// Keep a unit's parameters after its forward
+    /// Keep a unit's parameters from its forward until the update: Reshard::No
     #[arg(long)]
     no_reshard: bool,
     /// Units that are gathered ahead
     #[arg(long, default_value_t = 1)]
     prefetch: usize,
-    /// What a rank has: 80g
+    /// What a rank has: 80g, or 80gib in powers of 1024
     #[arg(long)]
     memory: Option<String>,
-    /// The wire's bandwidth a rank
+    /// The wire's bandwidth a rank, in GB/s, to say how long a step's communication takes
     #[arg(long)]
     gb_per_s: Option<f64>,
-    /// What a message costs
+    /// What a message costs, in microseconds; counts where --gb-per-s is given
     #[arg(long, default_value_t = 10.0)]
     latency_us: f64,
 }
@@ -84,13 +86,24 @@ enum Optimizer {
 }
 
 fn main() -> Result<()> {
-    match Args::parse().command {
-        Command::Plan(args) => plan(&args),
+    let text = match Args::parse().command {
+        Command::Plan(args) => plan(&args)?,
+    };
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()), // `| head`
+        result => Ok(result?),
     }
 }
 
-fn plan(args: &PlanArgs) -> Result<()> {
+fn plan(args: &PlanArgs) -> Result<String> {
     let params = parse_count(&args.params)?;
+    let memory = args.memory.as_deref().map(parse_bytes).transpose()?;
+    if args.micro_batches == 0 {
+        return Err(Error::argument(
+            "a step of 0 micro-batches",
+            "Give at least 1",
+        ));
+    }
     let options = Options {
         group: args.group,
         prefetch: args.prefetch,
@@ -125,26 +138,33 @@ fn plan(args: &PlanArgs) -> Result<()> {
             bytes_per_s: speed * 1e9,
         }),
     };
-    print!("{}", description.explain(link)?);
+    let mut lines = vec![description.explain(link)?.trim_end().to_string()];
+    let sharded = description.plan()?.row().shard.shards_param();
+    if sharded && args.layers == 1 {
+        lines.push(
+            "one layer is one unit, which is whole while it is used: give the model's --layers"
+                .into(),
+        );
+    }
     if args.micro_batches > 1 {
         let spent = description.forecast()?.total(args.micro_batches);
-        println!(
-            "a step of {} micro-batches sends {} in {} collectives",
+        lines.push(format!(
+            "a step of {} micro-batches sends {} in {}",
             args.micro_batches,
             bytes_text(spent.bytes as f64),
-            spent.collectives
-        );
+            several(spent.collectives as usize, "collective")
+        ));
     }
     let stages = (0..=3).map(|stage| {
         let bytes = published::zero(stage, params as f64, args.world as f64);
         format!("stage {stage} {}", bytes_text(bytes))
     });
-    println!(
+    lines.push(format!(
         "for comparison, ZeRO's formula for states in fp16 with Adam: {}",
         stages.collect::<Vec<_>>().join(", ")
-    );
-    if let Some(memory) = &args.memory {
-        let (have, need) = (parse_count(memory)?, description.footprint()?.total());
+    ));
+    if let Some(have) = memory {
+        let need = description.footprint()?.total();
         let verdict = match have.checked_sub(need) {
             Some(left) => format!(
                 "fits, and leaves {} for activations",
@@ -155,11 +175,12 @@ fn plan(args: &PlanArgs) -> Result<()> {
                 bytes_text((need - have) as f64)
             ),
         };
-        println!(
+        lines.push(format!(
             "{} of {}: {verdict}",
             bytes_text(need as f64),
             bytes_text(have as f64)
-        );
+        ));
     }
-    Ok(())
+    lines.push(String::new());
+    Ok(lines.join("\n"))
 }

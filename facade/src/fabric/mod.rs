@@ -71,6 +71,7 @@ struct Inner {
 pub struct Builder {
     request: Request,
     options: plan::Options,
+    group: Option<usize>,
     scaler: Option<LossScaler>,
     loggers: Vec<Box<dyn Logger>>,
     callbacks: Callbacks,
@@ -108,6 +109,7 @@ impl Builder {
     /// The strategy's mesh: how many ranks share the work of one replica under "hsdp".
     pub fn group(mut self, ranks: usize) -> Self {
         self.options.group = Some(ranks);
+        self.group = Some(ranks);
         self
     }
 
@@ -161,6 +163,7 @@ impl Builder {
         let resolved = resolve(&self.request, outside)?;
         let policy = resolved.precision.policy();
         let mut options = self.options;
+        crate::resolve::check_group(&resolved.strategy, self.group)?;
         if policy.is_mixed() {
             options.main_dtype.get_or_insert(policy.main);
         }

@@ -14,9 +14,11 @@ use fabric_engine::{
     },
 };
 
-pub use count::parse_count;
+pub use count::{parse_bytes, parse_count};
 
 use crate::{error::Result, precision::Precision};
+
+const MOST_LAYERS: usize = 10_000;
 
 /// What is known of a training job before there is one.
 ///
@@ -44,7 +46,7 @@ impl Description {
     /// `params` parameters, spread evenly over `layers` layers, each a unit, on `world` ranks under a strategy.
     ///
     /// # Errors
-    /// When the strategy is unknown, or a number is zero.
+    /// When the strategy is unknown, a number is zero, or there are more than 10,000 layers.
     pub fn new(params: usize, layers: usize, world: usize, strategy: &str) -> Result<Self> {
         for (name, number) in [("parameters", params), ("layers", layers), ("ranks", world)] {
             if number == 0 {
@@ -53,6 +55,14 @@ impl Description {
                     "Give a positive number",
                 ));
             }
+        }
+        if layers > MOST_LAYERS {
+            return Err(crate::Error::argument(
+                format!("a plan for {layers} layers"),
+                format!(
+                    "Give at most {MOST_LAYERS}: a layer is a block of the model, not one of its parameters"
+                ),
+            ));
         }
         let row = crate::resolve::row(strategy)?;
         if row == SINGLE && world > 1 {
@@ -94,8 +104,9 @@ impl Description {
     /// The plan.
     ///
     /// # Errors
-    /// When the ranks do not divide into groups.
+    /// When the ranks do not divide into groups, or the strategy has none.
     pub fn plan(&self) -> Result<Plan> {
+        crate::resolve::check_group(&self.row, self.options.group)?;
         let policy = self.precision.policy();
         let mut options = self.options.clone();
         if policy.is_mixed() {

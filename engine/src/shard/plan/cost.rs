@@ -79,8 +79,8 @@ impl Prices for Least {
 pub struct Forecast {
     /// In the forward of one micro-batch: parameters of units.
     pub forward: Spent,
-    /// The same, of a micro-batch that is not the first: nothing, where units stay until the update.
-    pub next_forward: Spent,
+    /// In the forward of each further micro-batch of a step: nothing, where parameters stay until the update.
+    pub forward_again: Spent,
     /// In the backward of a micro-batch that is not the last.
     pub backward: Spent,
     /// In the backward of the last.
@@ -99,7 +99,7 @@ impl Forecast {
         total += self.step;
         total += self.forward;
         for _ in 1..batches {
-            total += self.next_forward;
+            total += self.forward_again;
             total += self.backward;
         }
         total
@@ -124,7 +124,7 @@ impl Plan {
                 let forward = gather(Among::Gather);
                 cost.forward += forward;
                 if self.options().reshard_after_forward != Reshard::No {
-                    cost.next_forward += forward;
+                    cost.forward_again += forward;
                 }
                 if unit.0 == 0 || self.options().prefetch == 0 {
                     first_gather += forward;

@@ -2,15 +2,15 @@
 
 use std::fmt::Write;
 
-use super::{Footprint, Forecast, Plan, Reshard};
+use super::{Accumulate, Forecast, Plan};
 use crate::comm::{Link, Spent};
 
 /// Bytes as people read them, in powers of 1000.
 pub fn bytes_text(bytes: f64) -> String {
-    const UNITS: [&str; 6] = ["B", "kB", "MB", "GB", "TB", "PB"];
+    const UNITS: [&str; 7] = ["B", "kB", "MB", "GB", "TB", "PB", "EB"];
     let mut scaled = bytes;
     for unit in UNITS {
-        if scaled.abs() < 999.5 || unit == "PB" {
+        if scaled.abs() < 999.5 || unit == "EB" {
             return match (unit, scaled < 9.995) {
                 ("B", _) => format!("{scaled:.0} B"),
                 (_, true) => format!("{scaled:.2} {unit}"),
@@ -35,6 +35,21 @@ pub fn count_text(count: usize) -> String {
     text
 }
 
+/// A duration as people read it.
+pub fn time_text(seconds: f64) -> String {
+    match seconds {
+        short if short < 0.9995e-3 => format!("{:.1} us", short * 1e6),
+        short if short < 0.9995 => format!("{:.2} ms", short * 1e3),
+        long => format!("{long:.2} s"),
+    }
+}
+
+/// "1 rank", "2 ranks".
+pub fn several(count: usize, one: &str) -> String {
+    let ending = if count == 1 { "" } else { "s" };
+    format!("{} {one}{ending}", count_text(count))
+}
+
 impl Plan {
     /// What will happen and what it costs: units, bytes a rank, collectives and bytes a step, types, the divisor, and the
     /// time that no computation can hide, if `link` tells what the wire is like. `states`: the vectors that the optimizer
@@ -42,7 +57,7 @@ impl Plan {
     pub fn explain(&self, forecast: &Forecast, states: usize, link: Option<Link>) -> String {
         let mut text = String::new();
         self.explain_shape(&mut text);
-        self.explain_memory(&mut text, &self.largest_footprint(states));
+        self.explain_memory(&mut text, states);
         self.explain_wire(&mut text, forecast, link);
         self.explain_accumulation(&mut text, forecast);
         self.explain_ties(&mut text);
@@ -51,18 +66,12 @@ impl Plan {
 
     fn explain_shape(&self, text: &mut String) {
         let (row, mesh) = (self.row().name, self.mesh());
-        let numel = self
-            .params()
-            .iter()
-            .map(|param| param.numel())
-            .sum::<usize>();
-        let frozen = self.params().iter().filter(|param| !param.trainable);
-        let frozen = frozen.map(|param| param.numel()).sum::<usize>();
-        line(text, format!("{row} on {} ranks", mesh.world()));
-        if mesh.replicas > 1 {
+        line(text, format!("{row} on {}", several(mesh.world(), "rank")));
+        if mesh.replicas > 1 && mesh.shards > 1 {
+            let (replicas, ranks) = (several(mesh.replicas, "replica"), mesh.shards);
             line(
                 text,
-                format!("  {} replicas of {} ranks", mesh.replicas, mesh.shards),
+                format!("  {replicas}, each in the slices of {ranks} ranks"),
             );
             if !mesh.shards.is_power_of_two() {
                 line(
@@ -71,43 +80,56 @@ impl Plan {
                 );
             }
         }
-        line(
-            text,
-            format!(
-                "  {} parameters, {} of them frozen, in {} units, {} buckets",
-                count_text(numel),
-                count_text(frozen),
-                self.units().len(),
-                self.buckets().len()
-            ),
-        );
-        let unit = |unit: usize| {
-            let own = self.buckets().iter();
-            let own = own.filter(|bucket| bucket.unit.is_some_and(|other| other.0 == unit));
-            own.map(|bucket| bucket.layout.filled(&(0..bucket.padded)))
-                .sum::<usize>()
+        let numels = self.params().iter().map(|param| param.numel());
+        let numel = numels.sum::<usize>();
+        let frozen = self.params().iter().filter(|param| !param.trainable);
+        let frozen = match frozen.map(|param| param.numel()).sum::<usize>() {
+            0 => String::new(),
+            frozen => format!(", {} of them frozen,", count_text(frozen)),
         };
-        let largest = (0..self.units().len()).max_by_key(|index| unit(*index));
-        if let Some(largest) = largest.filter(|index| unit(*index) > 0) {
-            let root = numel - (0..self.units().len()).map(unit).sum::<usize>();
-            line(
-                text,
-                format!(
-                    "  the largest unit, '{}', has {}; {} are in none and stay whole",
-                    self.units()[largest],
-                    count_text(unit(largest)),
-                    count_text(root)
-                ),
-            );
+        let params = several(numel, "parameter");
+        let buckets = several(self.buckets().len(), "bucket");
+        let mut of_units = vec![0; self.units().len()];
+        for bucket in self.buckets() {
+            if let Some(unit) = bucket.unit {
+                of_units[unit.0] += bucket.layout.filled(&(0..bucket.padded));
+            }
+        }
+        let in_units = of_units.iter().sum::<usize>();
+        let largest = (0..of_units.len())
+            .rev()
+            .max_by_key(|index| of_units[*index]); // the first of them
+        match largest.filter(|_| in_units > 0) {
+            Some(largest) => {
+                let units = several(of_units.len(), "unit");
+                line(text, format!("  {params}{frozen} in {units} and {buckets}"));
+                let name = &self.units()[largest];
+                line(
+                    text,
+                    format!(
+                        "  the largest unit is '{name}' with {}",
+                        several(of_units[largest], "parameter")
+                    ),
+                );
+                if numel > in_units {
+                    let rest = several(numel - in_units, "parameter");
+                    line(
+                        text,
+                        format!("  {rest} outside of units, shared or small: whole on every rank"),
+                    );
+                }
+            }
+            None => line(text, format!("  {params}{frozen} in {buckets}")),
         }
         let mut kinds: Vec<String> = Vec::new();
         for bucket in self.buckets() {
+            let (computed, reduced, updated) =
+                (bucket.param_dtype, bucket.dtype, bucket.main_dtype);
             let kind = match bucket.trainable {
-                true => format!(
-                    "computed as {}, reduced as {}, updated as {}",
-                    bucket.param_dtype, bucket.dtype, bucket.main_dtype
-                ),
-                false => format!("frozen as {}", bucket.param_dtype),
+                true => {
+                    format!("computed as {computed}, reduced as {reduced}, updated as {updated}")
+                }
+                false => format!("frozen as {computed}"),
             };
             if !kinds.contains(&kind) {
                 kinds.push(kind);
@@ -116,65 +138,83 @@ impl Plan {
         kinds
             .into_iter()
             .for_each(|kind| line(text, format!("  {kind}")));
-        if self.reduces() {
+        let ranks = mesh.world();
+        if self.reduces() && ranks > 1 {
             line(
                 text,
-                format!(
-                    "  gradients are summed over ranks and multiplied by 1/{} once",
-                    mesh.world()
-                ),
+                format!("  gradients are summed over ranks and multiplied by 1/{ranks} once"),
             );
         }
     }
 
-    fn explain_memory(&self, text: &mut String, bytes: &Footprint) {
+    fn explain_memory(&self, text: &mut String, states: usize) {
+        let bytes = self.largest_footprint(states);
         line(text, "memory of a rank".into());
         let mut row = |name: &str, bytes: usize| {
             if bytes > 0 {
-                line(
-                    text,
-                    format!("  {name:<34}{:>10}", bytes_text(bytes as f64)),
-                );
+                let bytes = bytes_text(bytes as f64);
+                line(text, format!("  {name:<34}{bytes:>10}"));
             }
         };
-        row("parameters in the model", bytes.params);
-        row("parameters that are updated", bytes.mains);
+        row("parameters that stay whole", bytes.params);
+        let mains = match self.row().shard.shards_update() {
+            true => "its slices of what is updated",
+            false => "wider copy that is updated",
+        };
+        row(mains, bytes.mains);
         row("gradients", bytes.grads);
-        row("optimizer", bytes.optim);
-        row("on their way", bytes.travel);
-        row("units in use", bytes.units);
+        let optim = format!("optimizer, {} a parameter", several(states, "value"));
+        row(&optim, bytes.optim);
+        row("blocks for what travels", bytes.travel);
+        row("units, while they are whole", bytes.units);
         row("together, without activations", bytes.total());
     }
 
     fn explain_wire(&self, text: &mut String, forecast: &Forecast, link: Option<Link>) {
+        let all = forecast.total(1);
+        if all.bytes == 0 {
+            line(text, "nothing is sent".into());
+            return;
+        }
         line(text, "sent by a rank".into());
         let mut row = |name: &str, spent: Spent| {
             if spent.collectives > 0 {
-                line(
-                    text,
-                    format!(
-                        "  {name:<34}{:>10}  {} collectives",
-                        bytes_text(spent.bytes as f64),
-                        spent.collectives
-                    ),
-                );
+                let bytes = bytes_text(spent.bytes as f64);
+                let count = several(spent.collectives as usize, "collective");
+                line(text, format!("  {name:<34}{bytes:>10}  {count}"));
             }
         };
-        row("forward", forecast.forward);
-        row("backward", forecast.last_backward);
+        row("in the forward", forecast.forward);
+        row("in the backward", forecast.last_backward);
         row("after the update", forecast.step);
-        row("a step", forecast.total(1));
-        row("of it nothing can hide", forecast.exposed);
+        row("a step, of one micro-batch", all);
+        row("of it, exposed", forecast.exposed);
+        let gathers = match self.options().prefetch {
+            0 => "every gather (prefetch is 0)",
+            _ => "the first gather",
+        };
+        let parts = [
+            (forecast.forward.collectives > 0, gathers),
+            (true, "the last reduction"),
+            (self.has_replicas(), "the sums over replicas"),
+            (true, "the control word"),
+            (forecast.step.collectives > 0, "what follows the update"),
+        ];
+        let parts = parts.into_iter().filter(|(is_there, _)| *is_there);
+        let parts = parts.map(|(_, name)| name).collect::<Vec<_>>().join(", ");
+        line(
+            text,
+            format!("  exposed is what no computation runs beside: {parts}"),
+        );
         if let Some(link) = link {
-            let ms = |spent| link.seconds(spent) * 1e3;
             line(
                 text,
                 format!(
-                    "  at {:.1} us a message and {}/s: {:.2} ms a step, {:.2} ms that nothing can hide",
-                    link.alpha_s * 1e6,
+                    "  at {} a message and {}/s: {} a step, {} that nothing can hide",
+                    time_text(link.alpha_s),
                     bytes_text(link.bytes_per_s),
-                    ms(forecast.total(1)),
-                    ms(forecast.exposed)
+                    time_text(link.seconds(all)),
+                    time_text(link.seconds(forecast.exposed))
                 ),
             );
         }
@@ -190,21 +230,27 @@ impl Plan {
             (bucket.padded * bucket.dtype.size()).saturating_sub(own) * usize::from(apart)
         };
         let more = self.buckets().iter().enumerate().map(whole).sum::<usize>();
-        let gathers = match self.options().reshard_after_forward {
-            Reshard::Yes | Reshard::Within(_) => " (parameters are gathered again either way)",
-            Reshard::No => "",
-        };
+        if more == 0 {
+            return; // one rank has nothing to choose
+        }
+        let more = bytes_text(more as f64);
         let backward = bytes_text(forecast.backward.bytes as f64);
+        let forward = match forecast.forward_again.bytes {
+            0 => String::new(),
+            bytes => format!("{} in its forward and ", bytes_text(bytes as f64)),
+        };
+        line(
+            text,
+            format!("each further micro-batch of a step sends {forward}{backward} in its backward"),
+        );
         line(
             text,
             match self.options().accumulate {
-                super::Accumulate::Reduce => format!(
-                    "another micro-batch sends {backward} in its backward{gathers}; Accumulate::Keep would reduce once, and take {} more memory",
-                    bytes_text(more as f64)
+                Accumulate::Reduce => format!(
+                    "  Accumulate::Keep would reduce once a step, not in each of them, and take {more} more memory"
                 ),
-                super::Accumulate::Keep => format!(
-                    "another micro-batch sends {backward} in its backward{gathers}; Accumulate::Reduce would reduce each, and take {} less memory",
-                    bytes_text(more as f64)
+                Accumulate::Keep => format!(
+                    "  Accumulate::Reduce would reduce in each of them, and take {more} less memory"
                 ),
             },
         );

@@ -9,7 +9,7 @@ mod memory;
 mod options;
 
 pub use cost::{Among, Forecast, Least, Prices};
-pub use explain::{bytes_text, count_text};
+pub use explain::{bytes_text, count_text, several, time_text};
 pub use memory::Footprint;
 pub use options::{Accumulate, Options, Reshard, ShardBy};
 

@@ -41,3 +41,8 @@ pub(crate) fn explain(error: Error, explanation: impl FnOnce() -> String) -> Err
         error
     }
 }
+
+/// An error of ours on its way through candle, without the backtrace that candle's own `wrap` adds to its words.
+pub(crate) fn wrapped(error: impl std::fmt::Display + Send + Sync + 'static) -> Error {
+    Error::Wrapped(Box::new(error))
+}

@@ -2,7 +2,7 @@
 
 use std::{cell::RefCell, sync::Arc};
 
-use candle_core::{DType, Device, Error, Result, Shape, Tensor, bail};
+use candle_core::{DType, Device, Result, Shape, Tensor, bail};
 use candle_nn::{Init, VarBuilder, var_builder::SimpleBackend};
 use fabric::model::ParamMeta;
 
@@ -64,7 +64,7 @@ impl SimpleBackend for Backend {
         let meta = ParamMeta::new(name, shape.dims(), dtype_of(dtype)?);
         self.shelf
             .add(meta, dtype, init, self.deferred)
-            .map_err(Error::wrap)
+            .map_err(crate::away::wrapped)
     }
 
     fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> Result<Tensor> {

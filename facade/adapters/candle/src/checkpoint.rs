@@ -2,9 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use candle_core::{
-    CpuStorage, CustomOp1, CustomOp2, Device, Error, Layout, Result, Shape, Tensor, Var,
-};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, Device, Layout, Result, Shape, Tensor, Var};
 use fabric::model::{Edge, Events, UnitId};
 
 use crate::{
@@ -78,7 +76,7 @@ impl<F: Fn(&Tensor) -> Result<Tensor>> CustomOp2 for Again<F> {
         } = &self.entrance;
         events
             .unit(*unit, Edge::BackwardEnter)
-            .map_err(Error::wrap)?;
+            .map_err(crate::away::wrapped)?;
         let explain = |error| shelf.explain(error);
         if !x.track_op() {
             let output = (self.f)(x).map_err(explain)?;

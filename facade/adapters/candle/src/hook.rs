@@ -4,8 +4,7 @@
 use std::sync::{Arc, OnceLock};
 
 use candle_core::{
-    CpuStorage, CustomOp1, DType, Error, Layout, Result, Shape, Storage, Tensor, Var,
-    op::BackpropOp,
+    CpuStorage, CustomOp1, DType, Layout, Result, Shape, Storage, Tensor, Var, op::BackpropOp,
 };
 use fabric::model::{Events, Keep, ParamId};
 
@@ -53,7 +52,7 @@ impl CustomOp1 for Hook {
         // The argument is a variable, so that nothing need be stored for it: the engine holds the gradient.
         let keep = events
             .ready(self.param, &lend(&grad)?)
-            .map_err(Error::wrap)?;
+            .map_err(crate::away::wrapped)?;
         Ok((keep == Keep::Keep).then_some(grad))
     }
 }

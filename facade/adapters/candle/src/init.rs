@@ -1,6 +1,6 @@
 //! Initial values that a seed decides: candle's own random numbers on the CPU cannot be seeded.
 
-use candle_core::{CpuStorage, Error, Result, Shape, bail};
+use candle_core::{CpuStorage, Result, Shape, bail};
 use candle_nn::{Init, init::NormalOrUniform};
 use half::{bf16, f16};
 use rand::Rng;
@@ -68,7 +68,7 @@ impl Law {
     fn normal(mean: f64, deviation: f64) -> Result<Self> {
         Normal::new(mean, deviation)
             .map(Self::Normal)
-            .map_err(Error::wrap)
+            .map_err(crate::away::wrapped)
     }
 
     fn uniform(low: f64, high: f64) -> Result<Self> {
@@ -77,7 +77,7 @@ impl Law {
         }
         Uniform::new(low, high)
             .map(Self::Uniform)
-            .map_err(Error::wrap)
+            .map_err(crate::away::wrapped)
     }
 
     fn sample(&self, rng: &mut impl Rng) -> f64 {

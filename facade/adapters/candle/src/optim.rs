@@ -117,7 +117,7 @@ fn tensor_of(grad: Span<'_>, scale: f64, var: &Var) -> Result<Tensor> {
     ) -> Result<Tensor> {
         let mut values = vec![<T as candle_core::WithDType>::from_f64(0.0); grad.len()];
         kernels::cast_scaled(grad, SpanMut::of(&mut values), scale)
-            .map_err(candle_core::Error::wrap)?;
+            .map_err(crate::away::wrapped)?;
         Tensor::from_vec(values, var.shape(), var.device())
     }
     match (var.dtype(), grad.dtype()) {

@@ -235,7 +235,7 @@ impl Shelf {
 
     /// Run `f` while the variables hold their memory.
     pub(crate) fn with_vars<T>(&self, f: impl FnOnce(&[Param]) -> Result<T>) -> Result<T> {
-        self.need_all().map_err(CandleError::wrap)?;
+        self.need_all().map_err(crate::away::wrapped)?;
         if self.lent.swap(true, Ordering::AcqRel) {
             bail!(
                 "the variables have their memory already: with_vars, or a step of candle's optimizer, ran inside with_vars"

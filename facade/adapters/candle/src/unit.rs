@@ -5,7 +5,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use candle_core::{CpuStorage, CustomOp1, Error, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use candle_nn::VarBuilder;
 use fabric::model::{Edge, Events, UnitId};
 
@@ -178,10 +178,14 @@ impl Unit {
         f: impl FnOnce() -> Result<Tensor>,
     ) -> Result<Tensor> {
         shelf.begin(unit);
-        events.unit(unit, Edge::ForwardEnter).map_err(Error::wrap)?;
+        events
+            .unit(unit, Edge::ForwardEnter)
+            .map_err(crate::away::wrapped)?;
         let output = f().map_err(|error| shelf.explain(error));
         // Also after an error, which a program may survive: what is entered is left.
-        let left = events.unit(unit, Edge::ForwardLeave).map_err(Error::wrap);
+        let left = events
+            .unit(unit, Edge::ForwardLeave)
+            .map_err(crate::away::wrapped);
         let output = output?;
         left.map(|()| output)
     }
@@ -228,7 +232,7 @@ impl CustomOp1 for Exit {
     fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         self.events
             .unit(self.unit, Edge::BackwardEnter)
-            .map_err(Error::wrap)?;
+            .map_err(crate::away::wrapped)?;
         Ok(Some(grad.clone()))
     }
 }
