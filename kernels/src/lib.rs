@@ -55,5 +55,5 @@ pub use exact::SquareBins;
 pub use fill::{clamp, fill};
 pub use fold::{Fold, fold};
 pub use norm::{SumSquares, sum_squares};
-pub use optim::{Adam, AdamWStep, Lion, Rule, Sgd, SgdStep, adamw, sgd, update};
+pub use optim::{Adam, Lion, Rule, Sgd, update};
 pub use span::{Span, SpanMut};

@@ -6,6 +6,7 @@ mod exact;
 mod optim;
 mod refusals;
 mod specials;
+mod steps;
 
 use crate::dtype::Element;
 use crate::scalar::{Float, Integer};

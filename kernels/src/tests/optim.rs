@@ -7,10 +7,11 @@ use half::{bf16, f16};
 
 use proptest::prelude::*;
 
+use super::steps::{AdamWStep, SgdStep, adamw, sgd};
 use super::*;
 use crate::simd::on_every_isa;
-use crate::{Adam, AdamWStep, Lion, Rule, Sgd, SgdStep, Span, SpanMut};
-use crate::{adamw, scalar, sgd, update};
+use crate::{Adam, Lion, Rule, Sgd, Span, SpanMut};
+use crate::{scalar, update};
 
 const SGD: SgdStep = SgdStep {
     lr: 0.1,

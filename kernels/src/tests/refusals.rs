@@ -2,12 +2,11 @@
 
 use half::bf16;
 
+use super::steps::{AdamWStep, SgdStep, adamw, sgd};
 use super::*;
 use crate::simd::away;
-use crate::{
-    AdamWStep, Bool, Dtype, Fold, KernelError, Lion, Memory, Rule, SgdStep, Span, SpanMut, update,
-};
-use crate::{adamw, cast, cast_scaled, clamp, divide, fill, fold, sgd, sum_squares};
+use crate::{Bool, Dtype, Fold, KernelError, Lion, Memory, Rule, Span, SpanMut, update};
+use crate::{cast, cast_scaled, clamp, divide, fill, fold, sum_squares};
 
 const SGD: SgdStep = SgdStep {
     lr: 0.1,
