@@ -4,11 +4,12 @@
 use candle_core::{DType, Result as CandleResult, Tensor, bail};
 use candle_nn::{Init, Linear, Module, VarBuilder, VarMap};
 use fabric::{
-    Fabric,
+    Fabric, FabricModule, Result,
     model::{Edge, Model, ParamId, UnitId},
     optim::{AdamW, Sgd},
 };
 use fabric_candle::{CandleModel, CandleOptimizer, Loss, Unit, build, build_deferred};
+use fabric_engine::kernels::SpanMut;
 
 use crate::{
     CPU, build_with, flat,
@@ -530,13 +531,37 @@ fn a_gpt_in_bf16_has_nearly_the_gradients_of_f32() {
     }
 }
 
-/// The losses of each rank in training on its share.
+/// The bits of all parameters, each unit gathered for it.
+fn bits<M: Send + Sync + 'static>(model: &FabricModule<CandleModel<M>>) -> Result<Vec<u32>> {
+    let mut bits = Vec::new();
+    let units = (0..model.units().len()).map(|unit| Some(UnitId(unit)));
+    for home in std::iter::once(None).chain(units) {
+        if let Some(unit) = home {
+            model.unit(unit, Edge::ForwardEnter)?;
+        }
+        for (index, meta) in model.params().iter().enumerate() {
+            if meta.home() == home {
+                let mut values = vec![0f32; meta.numel()];
+                model.with(ParamId(index), &mut |buffer| {
+                    buffer.read(0..values.len(), SpanMut::of(&mut values))
+                })?;
+                bits.extend(values.into_iter().map(f32::to_bits));
+            }
+        }
+        if let Some(unit) = home {
+            model.unit(unit, Edge::ForwardLeave)?;
+        }
+    }
+    Ok(bits)
+}
+
+/// The losses of each rank in 20 steps on its share, and the parameters' bits at the end.
 fn losses<M: Send + Sync + 'static>(
     strategy: &str,
     world: usize,
     make: impl Fn(VarBuilder<'static>) -> CandleResult<M> + Sync,
     loss: impl Fn(&M, usize) -> CandleResult<Tensor> + Sync,
-) -> Vec<Vec<f32>> {
+) -> Vec<(Vec<f32>, Vec<u32>)> {
     let mut builder = Fabric::builder().devices(world).strategy(strategy);
     if strategy == "hsdp" {
         builder = builder.group(world.div_ceil(2));
@@ -545,14 +570,14 @@ fn losses<M: Send + Sync + 'static>(
         let model = deferred_with(3, DType::F32, &make);
         let (model, mut optimizer) = fabric.setup(model, AdamW::new(0.02))?;
         let mut losses = Vec::new();
-        for step in 0..6 {
+        for step in 0..20 {
             let loss = loss(&model, 10 * step + fabric.global_rank())?;
             losses.push(loss.to_scalar::<f32>()?);
             fabric.backward(Loss(&loss))?;
             optimizer.step()?;
             optimizer.zero_grad();
         }
-        Ok(losses)
+        Ok((losses, bits(&model)?))
     });
     run.unwrap()
 }
