@@ -23,8 +23,9 @@ use crate::dtype::{Bool, Element};
 use crate::fold::Fold;
 use crate::norm::SumSquares;
 use crate::span::{Span, SpanMut};
-use lane::{And, Clamp, Convert, Divide, Larger, Multiply, Or, Plus, Scale, Smaller, Times};
-use loops::{Combine, Fill, Map, MapInPlace, Norm};
+use lane::{And, IntLarger, IntPlus, IntSmaller, IntTimes, Or, Xor};
+use lane::{Clamp, Convert, Divide, Larger, Multiply, Plus, Scale, Smaller, Times};
+use loops::{Fill, Map, MapInPlace, Norm, Zip};
 use raw::{Reader, Writer};
 
 pub(crate) fn cast<A: Lane, B: Lane, C: Acc>(from: Span<'_>, into: SpanMut<'_>) {
@@ -65,74 +66,106 @@ pub(crate) fn divide<T: Int>(from: Span<'_>, into: SpanMut<'_>, by: u64) {
     });
 }
 
+/// Runs `body` with `each` as what a fold does with two floats.
+macro_rules! with_float_fold {
+    ($op:expr, $C:ty, |$each:ident| $body:expr) => {
+        match $op {
+            Fold::Sum => {
+                let $each = Plus::<$C>(PhantomData);
+                $body
+            }
+            Fold::Prod => {
+                let $each = Times::<$C>(PhantomData);
+                $body
+            }
+            Fold::Min => {
+                let $each = Smaller::<$C>(PhantomData);
+                $body
+            }
+            Fold::Max => {
+                let $each = Larger::<$C>(PhantomData);
+                $body
+            }
+            op @ (Fold::And | Fold::Or | Fold::Xor) => {
+                unreachable!("floats have no {op}; the caller refuses it")
+            }
+        }
+    };
+}
+
+/// Runs `body` with `each` as what a fold does with two integers.
+macro_rules! with_int_fold {
+    ($op:expr, |$each:ident| $body:expr) => {
+        match $op {
+            Fold::Sum => {
+                let $each = IntPlus;
+                $body
+            }
+            Fold::Prod => {
+                let $each = IntTimes;
+                $body
+            }
+            Fold::Min => {
+                let $each = IntSmaller;
+                $body
+            }
+            Fold::Max => {
+                let $each = IntLarger;
+                $body
+            }
+            Fold::And => {
+                let $each = And;
+                $body
+            }
+            Fold::Or => {
+                let $each = Or;
+                $body
+            }
+            Fold::Xor => {
+                let $each = Xor;
+                $body
+            }
+        }
+    };
+}
+
+/// Runs `body` with `each` as what a fold does with two bools.
+macro_rules! with_bool_fold {
+    ($op:expr, |$each:ident| $body:expr) => {
+        match $op {
+            Fold::Min | Fold::And => {
+                let $each = And;
+                $body
+            }
+            Fold::Max | Fold::Or => {
+                let $each = Or;
+                $body
+            }
+            Fold::Xor => {
+                let $each = Xor;
+                $body
+            }
+            op @ (Fold::Sum | Fold::Prod) => {
+                unreachable!("bool has no {op}; the caller refuses it")
+            }
+        }
+    };
+}
+
 pub(crate) fn fold_floats<B: Lane, A: Lane, C: Acc>(op: Fold, into: SpanMut<'_>, with: Span<'_>) {
     let (into, with) = (Writer::<B>::of(into), Reader::<A>::of(with));
-    match op {
-        Fold::Sum => launch(Combine {
-            into,
-            with,
-            each: Plus::<C>(PhantomData),
-        }),
-        Fold::Prod => launch(Combine {
-            into,
-            with,
-            each: Times::<C>(PhantomData),
-        }),
-        Fold::Min => launch(Combine {
-            into,
-            with,
-            each: Smaller::<C>(PhantomData),
-        }),
-        Fold::Max => launch(Combine {
-            into,
-            with,
-            each: Larger::<C>(PhantomData),
-        }),
-    }
+    with_float_fold!(op, C, |each| launch(Zip { into, with, each }))
 }
 
 pub(crate) fn fold_integers<T: Int>(op: Fold, into: SpanMut<'_>, with: Span<'_>) {
     let (into, with) = (Writer::<T>::of(into), Reader::<T>::of(with));
-    match op {
-        Fold::Sum => launch(Combine {
-            into,
-            with,
-            each: lane::IntPlus,
-        }),
-        Fold::Prod => launch(Combine {
-            into,
-            with,
-            each: lane::IntTimes,
-        }),
-        Fold::Min => launch(Combine {
-            into,
-            with,
-            each: lane::IntSmaller,
-        }),
-        Fold::Max => launch(Combine {
-            into,
-            with,
-            each: lane::IntLarger,
-        }),
-    }
+    with_int_fold!(op, |each| launch(Zip { into, with, each }))
 }
 
-/// Min is "and", max is "or"; the caller has refused the others.
+/// The caller has refused sums and products.
 pub(crate) fn fold_bools(op: Fold, into: SpanMut<'_>, with: Span<'_>) {
     let (into, with) = (Writer::<Bool>::of(into), Reader::<Bool>::of(with));
-    match op {
-        Fold::Min => launch(Combine {
-            into,
-            with,
-            each: And,
-        }),
-        Fold::Max => launch(Combine {
-            into,
-            with,
-            each: Or,
-        }),
-        Fold::Sum | Fold::Prod => unreachable!("bool has no {op}; the caller refuses it"),
-    }
+    with_bool_fold!(op, |each| launch(Zip { into, with, each }))
 }
 
 pub(crate) fn sum_squares<A: Lane>(x: Span<'_>) -> SumSquares {

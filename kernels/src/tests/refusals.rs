@@ -157,6 +157,13 @@ fn verbs_without_meaning_for_a_dtype_say_so() {
         fold(Fold::Prod, SpanMut::of(&mut flags), Span::of(&with)),
         refused("prod", Dtype::Bool)
     );
+    for (op, name) in [(Fold::And, "band"), (Fold::Or, "bor"), (Fold::Xor, "bxor")] {
+        assert_eq!(
+            fold(op, SpanMut::of(&mut floats), Span::of(&[2.0f32])),
+            refused(name, Dtype::F32)
+        );
+    }
+    assert_eq!(floats, [1.0]);
     assert_eq!(
         cast_scaled(Span::of(&with), SpanMut::of(&mut flags), 1.0),
         refused("cast_scaled", Dtype::Bool)
