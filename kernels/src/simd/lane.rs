@@ -9,7 +9,7 @@ mod small;
 
 pub(crate) use int::Int;
 pub(super) use int::{And, Divide, IntLarger, IntPlus, IntSmaller, IntTimes, Multiply, Or, Xor};
-pub(super) use ops::{Clamp, Convert, Larger, Plus, Scale, Smaller, Times};
+pub(super) use ops::{Clamp, Convert, Larger, Plus, Same, Scale, Smaller, Times};
 
 use std::ops::{Add, Div, Mul, Neg, Sub};
 

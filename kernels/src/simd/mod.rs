@@ -4,29 +4,38 @@
 //! [`launch`] inlines it into a function that may use AVX-512 or AVX2, or into none. The compiler vectorises; there
 //! are no intrinsics, and as Rust never contracts a multiplication with an addition, all variants agree bit for bit.
 
+mod join;
 mod lane;
 mod loops;
 mod optim;
 mod raw;
+mod scratch;
 mod squares;
+mod stream;
 
 use std::marker::PhantomData;
+use std::sync::OnceLock;
 
 pub(crate) use lane::{Acc, Int, Lane};
 pub(crate) use optim::{Spans, update};
-#[cfg(test)]
-pub(crate) use raw::away;
 pub(crate) use raw::copy;
+#[cfg(test)]
+pub(crate) use raw::{away, twin};
+pub(crate) use scratch::{BLOCK_BYTES, LEVELS, Scratch};
 pub(crate) use squares::add_squares;
+use stream::Line;
+pub(crate) use stream::{settle, store, to_line};
 
+use crate::combine::Store;
 use crate::dtype::{Bool, Element};
 use crate::fold::Fold;
 use crate::norm::SumSquares;
 use crate::span::{Span, SpanMut};
-use lane::{And, IntLarger, IntPlus, IntSmaller, IntTimes, Or, Xor};
-use lane::{Clamp, Convert, Divide, Larger, Multiply, Plus, Scale, Smaller, Times};
+use join::Join;
+use lane::{And, Binary, IntLarger, IntPlus, IntSmaller, IntTimes, Or, Xor};
+use lane::{Clamp, Convert, Divide, Larger, Multiply, Plus, Same, Scale, Smaller, Times};
 use loops::{Fill, Map, MapInPlace, Norm, Zip};
-use raw::{Reader, Writer};
+use raw::{Reader, Writer, Writers};
 
 pub(crate) fn cast<A: Lane, B: Lane, C: Acc>(from: Span<'_>, into: SpanMut<'_>) {
     let each = Convert::<C>(PhantomData);
@@ -152,6 +161,13 @@ macro_rules! with_bool_fold {
     };
 }
 
+pub(crate) fn divide_in_place<T: Int>(x: SpanMut<'_>, by: u64) {
+    launch(MapInPlace {
+        x: Writer::<T>::of(x),
+        each: Divide::<T>::by(by),
+    });
+}
+
 pub(crate) fn fold_floats<B: Lane, A: Lane, C: Acc>(op: Fold, into: SpanMut<'_>, with: Span<'_>) {
     let (into, with) = (Writer::<B>::of(into), Reader::<A>::of(with));
     with_float_fold!(op, C, |each| launch(Zip { into, with, each }))
@@ -166,6 +182,118 @@ pub(crate) fn fold_integers<T: Int>(op: Fold, into: SpanMut<'_>, with: Span<'_>)
 pub(crate) fn fold_bools(op: Fold, into: SpanMut<'_>, with: Span<'_>) {
     let (into, with) = (Writer::<Bool>::of(into), Reader::<Bool>::of(with));
     with_bool_fold!(op, |each| launch(Zip { into, with, each }))
+}
+
+/// `targets[t][i] = factor * fold over j of from[j][i]`, in C. False if the targets' lines do not begin together, as
+/// streaming in step asks: then nothing was done.
+pub(crate) fn join_floats<A: Lane, B: Lane, C: Acc, const N: usize>(
+    op: Fold,
+    from: &[Span<'_>],
+    factor: f64,
+    into: &mut [SpanMut<'_>],
+    store: Store,
+) -> bool {
+    let from = readers::<_, N>(from, |s| Reader::<A>::of(*s));
+    let into = Writers::<B>::of(into);
+    let Some(lead) = lead(&into, store) else {
+        return false;
+    };
+    let (lift, end) = (Convert::<C>(PhantomData), Scale(C::narrow(factor)));
+    let partial = PhantomData::<C>;
+    with_float_fold!(op, C, |each| launch_streamer(Join {
+        from,
+        into,
+        lift,
+        each,
+        end,
+        partial,
+        lead
+    }));
+    true
+}
+
+/// The folds of integers that depend on their sign; as `join_floats`.
+pub(crate) fn join_ordered<T: Int, const N: usize>(
+    op: Fold,
+    from: &[Span<'_>],
+    into: &mut [SpanMut<'_>],
+    store: Store,
+) -> bool {
+    let from = readers::<_, N>(from, |s| Reader::<T>::of(*s));
+    match op {
+        Fold::Min => join_same(from, into, IntSmaller, store),
+        Fold::Max => join_same(from, into, IntLarger, store),
+        _ => unreachable!("{op} is for `join_bits`"),
+    }
+}
+
+/// The folds of integers that depend on their size only; as `join_floats`.
+pub(crate) fn join_bits<T: Int, const N: usize>(
+    op: Fold,
+    from: &[Span<'_>],
+    into: &mut [SpanMut<'_>],
+    store: Store,
+) -> bool {
+    let from = readers::<_, N>(from, |s| Reader::<T>::bits_of(*s));
+    match op {
+        Fold::Sum => join_same(from, into, IntPlus, store),
+        Fold::Prod => join_same(from, into, IntTimes, store),
+        Fold::And => join_same(from, into, And, store),
+        Fold::Or => join_same(from, into, Or, store),
+        Fold::Xor => join_same(from, into, Xor, store),
+        Fold::Min | Fold::Max => unreachable!("{op} is for `join_ordered`"),
+    }
+}
+
+/// The caller has refused sums and products; as `join_floats`.
+pub(crate) fn join_bools<const N: usize>(
+    op: Fold,
+    from: &[Span<'_>],
+    into: &mut [SpanMut<'_>],
+    store: Store,
+) -> bool {
+    let from = readers::<_, N>(from, |s| Reader::<Bool>::of(*s));
+    with_bool_fold!(op, |each| join_same(from, into, each, store))
+}
+
+fn join_same<T: Element, const N: usize>(
+    from: [Reader<'_, T>; N],
+    into: &mut [SpanMut<'_>],
+    each: impl Binary<T, T>,
+    store: Store,
+) -> bool {
+    let into = Writers::<T>::of(into);
+    let Some(lead) = lead(&into, store) else {
+        return false;
+    };
+    launch_streamer(Join {
+        from,
+        into,
+        lift: Same,
+        each,
+        end: Same,
+        partial: PhantomData::<T>,
+        lead,
+    });
+    true
+}
+
+/// The spans as they lie, none of them moved: a copy of what was just written in parts would wait for it.
+#[inline(always)]
+fn readers<'a, T: Element, const N: usize>(
+    from: &[Span<'a>],
+    reader: impl Fn(&Span<'a>) -> Reader<'a, T>,
+) -> [Reader<'a, T>; N] {
+    assert_eq!(from.len(), N);
+    std::array::from_fn(|index| reader(&from[index]))
+}
+
+/// What [`Join`] needs to know; none if it cannot be done.
+fn lead<T: Element>(into: &Writers<'_, '_, T>, store: Store) -> Option<Option<usize>> {
+    match store {
+        Store::Cached => Some(None),
+        Store::Streaming => into.lead().map(Some),
+    }
 }
 
 pub(crate) fn sum_squares<A: Lane>(x: Span<'_>) -> SumSquares {
@@ -196,6 +324,23 @@ trait Kernel {
     fn run(self) -> Self::Out;
 }
 
+/// As [`Kernel`], of work that may store past the caches, by vectors as wide as the instruction set has.
+trait Streamer {
+    fn run<L: Line>(self);
+}
+
+/// A streamer that knows its vectors.
+struct With<K, L>(K, PhantomData<L>);
+
+impl<K: Streamer, L: Line> Kernel for With<K, L> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run(self) {
+        self.0.run::<L>();
+    }
+}
+
 /// An instruction set that kernels are compiled for, from poor to rich.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Isa {
@@ -207,9 +352,14 @@ pub(crate) enum Isa {
 }
 
 impl Isa {
-    /// The richest that this processor has. The standard library asks the processor once and remembers.
+    /// The richest that this processor has, found once.
     #[inline]
     fn best() -> Isa {
+        static BEST: OnceLock<Isa> = OnceLock::new();
+        *BEST.get_or_init(Isa::find)
+    }
+
+    fn find() -> Isa {
         #[cfg(target_arch = "x86_64")]
         {
             if Isa::Avx512.is_here() {
@@ -256,6 +406,23 @@ fn launch<K: Kernel>(kernel: K) -> K::Out {
             // SAFETY: the processor has all five features: `chosen` returns only sets for which `is_here`. A breach
             // is an illegal instruction in the first equality test.
             unsafe { run_avx512(kernel) }
+        }
+    }
+}
+
+/// As [`launch`], with the vectors that belong to the instruction set.
+fn launch_streamer<K: Streamer>(kernel: K) {
+    match chosen() {
+        Isa::Portable => With(kernel, PhantomData::<stream::Portable>).run(),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => {
+            // SAFETY: as in `launch`.
+            unsafe { run_avx2(With(kernel, PhantomData::<stream::Avx>)) }
+        }
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => {
+            // SAFETY: as in `launch`.
+            unsafe { run_avx512(With(kernel, PhantomData::<stream::Avx512>)) }
         }
     }
 }
