@@ -6,9 +6,9 @@
 //!
 //! ```text
 //! 0   1   2   3   4
-//!  \\ /     \\ /    |     ((0 + 1) + (2 + 3)) + 4
-//!    \\_____/      |
-//!       \\_________/
+//!  \ /     \ /    |     ((0 + 1) + (2 + 3)) + 4
+//!    \_____/      |
+//!        \_______/
 //! ```
 //!
 //! Two and four sources, by far the commonest, are folded in registers. Others go through a stack of blocks that wait
