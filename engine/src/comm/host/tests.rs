@@ -20,7 +20,7 @@ use crate::{rendezvous::Member, wire::shm::Mapping};
 
 const ARENA: usize = 64 << 20;
 
-fn options() -> Options {
+pub(super) fn options() -> Options {
     Options {
         deadline: Duration::from_secs(60),
         arena_bytes: ARENA,
@@ -29,11 +29,18 @@ fn options() -> Options {
 }
 
 /// Run `rank` on every rank of a world, and give back what they returned, by rank.
-fn world<T: Send>(size: usize, rank: impl Fn(&Arc<Member>) -> T + Sync) -> Vec<T> {
+pub(super) fn world<T: Send>(size: usize, rank: impl Fn(&Arc<Member>) -> T + Sync) -> Vec<T> {
+    world_of(size, &Secret::from_bytes(b"the ranks of a test"), rank)
+}
+
+pub(super) fn world_of<T: Send>(
+    size: usize,
+    secret: &Secret,
+    rank: impl Fn(&Arc<Member>) -> T + Sync,
+) -> Vec<T> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let address: SocketAddr = listener.local_addr().unwrap();
     let listener = Mutex::new(Some(listener));
-    let secret = Secret::from_bytes(b"the ranks of a test");
     std::thread::scope(|scope| {
         let threads = (0..size)
             .map(|number| {
@@ -89,7 +96,7 @@ fn fill(slab: &mut Slab, rank: usize) {
 }
 
 /// Every collective that `dtype` can be used with.
-fn calls(dtype: Dtype, size: usize) -> Vec<Op> {
+pub(super) fn calls(dtype: Dtype, size: usize) -> Vec<Op> {
     let mut reduces = vec![ReduceOp::Min, ReduceOp::Max];
     if dtype != Dtype::Bool {
         reduces.extend([ReduceOp::Sum, ReduceOp::Avg, ReduceOp::Prod]);
@@ -152,7 +159,7 @@ fn problem(call: &Call, size: usize, numel: usize) -> Problem {
 }
 
 /// Run one collective, and give back the bytes of the rank's output alone.
-fn once(
+pub(super) fn once(
     host: &mut Host,
     call: &Call,
     numel: usize,
@@ -218,7 +225,7 @@ fn once(
 
 /// How the memory is given.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Form {
+pub(super) enum Form {
     Apart,
     InPlace,
     Many,
@@ -759,26 +766,6 @@ fn subgroups_share_memory_of_their_own() {
         one.barrier().unwrap();
         host.barrier().unwrap();
     });
-}
-
-#[test]
-fn without_shared_memory_all_ranks_take_tcp() {
-    let files = world(2, |member| {
-        let group = [0, 1];
-        let fd = std::fs::File::open("/proc/self/exe").unwrap();
-        let own = match member.rank() {
-            0 => Ok(fd.as_fd()),
-            _ => Err("the system refuses".to_string()),
-        };
-        let passed = member
-            .pass("test", &group, own, &mut |_, _| Ok(()))
-            .unwrap();
-        assert!(!passed.everywhere && passed.neighbours == 2);
-        passed.outcome.unwrap_err()
-    });
-    for why in files {
-        assert!(why.contains("rank 1 has no shared memory"), "{why}");
-    }
 }
 
 #[test]
