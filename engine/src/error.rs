@@ -63,6 +63,22 @@ pub enum Error {
         /// What the peer is doing.
         theirs: String,
     },
+    /// What came from a peer is not what the peer sent, or not when it sent it.
+    #[error(
+        "rank {rank}: {operation}: a record from rank {peer} fails authentication ({record}): it was changed, repeated, \
+         moved or left out on the way, and nothing of it was used. Somebody or something between these ranks changes what \
+         they send: look for a proxy or a broken link, or use a network that you trust"
+    )]
+    Tampered {
+        /// This rank.
+        rank: usize,
+        /// The rank from which the record should be.
+        peer: usize,
+        /// The operation that waited for it.
+        operation: String,
+        /// Which record it is.
+        record: String,
+    },
     /// Somebody ended the job: another rank's error, a signal, or the caller's own abort.
     #[error("rank {rank}: stopped because {reason}")]
     Aborted {

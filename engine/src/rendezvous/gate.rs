@@ -3,19 +3,22 @@
 
 use std::{
     io::{self, Read, Write},
-    net::{SocketAddr, TcpListener, TcpStream},
     time::Duration,
 };
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::handshake::{
-    CHALLENGE_BYTES, Exchange, HELLO_BYTES, Hello, PROOF_BYTES, Secret, VERDICT_BYTES, Verdict,
+use super::{
+    door::{Address, Door},
+    handshake::{
+        CHALLENGE_BYTES, Exchange, HELLO_BYTES, Hello, PROOF_BYTES, Secret, VERDICT_BYTES, Verdict,
+    },
 };
 use crate::{
     clock::Clock,
     error::{Error, Result},
     signal::Signal,
+    wire::stream::{Connection, Socket},
 };
 
 const STRANGERS: usize = 64; // connections that may be in the handshake at once
@@ -26,7 +29,7 @@ const ATTEMPT: Duration = Duration::from_secs(10); // how long one attempt to kn
 /// A listening socket and the connections that have not proved themselves yet.
 pub(super) struct Gate {
     rank: usize,
-    listener: TcpListener,
+    door: Door,
     secret: Secret,
     clock: Clock,
     strangers: Vec<Stranger>,
@@ -36,22 +39,25 @@ pub(super) struct Gate {
 /// A connection that has proved to belong to the job, and waits for the verdict.
 pub(super) struct Guest {
     pub(super) hello: Hello,
-    stream: TcpStream,
+    stream: Socket,
     exchange: Exchange,
 }
 
 impl Guest {
     /// Tell the guest, and hand over its connection (blocking again) when it is welcome.
-    pub(super) fn answer(mut self, verdict: Verdict) -> io::Result<TcpStream> {
+    pub(super) fn answer(mut self, verdict: Verdict) -> io::Result<Connection> {
         self.stream.set_nonblocking(false)?;
-        self.stream.set_nodelay(true)?;
+        self.stream.set_nodelay()?;
         self.stream.write_all(&self.exchange.verdict(verdict))?;
-        Ok(self.stream)
+        Ok(Connection {
+            socket: self.stream,
+            keys: self.exchange.keys().reversed(),
+        })
     }
 }
 
 struct Stranger {
-    stream: TcpStream,
+    stream: Socket,
     since: Duration,
     state: State,
 }
@@ -70,29 +76,17 @@ enum State {
 }
 
 impl Gate {
-    pub(super) fn new(
-        rank: usize,
-        listener: TcpListener,
-        secret: Secret,
-        clock: Clock,
-    ) -> Result<Self> {
-        listener
-            .set_nonblocking(true)
+    pub(super) fn new(rank: usize, door: Door, secret: Secret, clock: Clock) -> Result<Self> {
+        door.set_nonblocking()
             .map_err(|e| Error::io(rank, "make the listener non-blocking", e))?;
         Ok(Self {
             rank,
-            listener,
+            door,
             secret,
             clock,
             strangers: Vec::new(),
             turned_away: 0,
         })
-    }
-
-    pub(super) fn address(&self) -> Result<SocketAddr> {
-        self.listener
-            .local_addr()
-            .map_err(|e| Error::io(self.rank, "read the listener's address", e))
     }
 
     /// Connections dropped so far because they did not prove to belong to the job.
@@ -102,7 +96,7 @@ impl Gate {
 
     /// What to poll, besides what the caller polls.
     pub(super) fn poll_fds(&self) -> impl Iterator<Item = PollFd<'_>> {
-        std::iter::once(PollFd::new(&self.listener, PollFlags::IN)).chain(
+        std::iter::once(PollFd::new(&self.door, PollFlags::IN)).chain(
             self.strangers
                 .iter()
                 .map(|stranger| PollFd::new(&stranger.stream, PollFlags::IN)),
@@ -140,10 +134,11 @@ impl Gate {
     }
 
     fn accept(&mut self) {
-        while let Ok((stream, _)) = self.listener.accept() {
-            if stream.set_nonblocking(true).is_err() {
+        while let Ok(stream) = self.door.accept() {
+            let Some(stream) = stream.filter(|stream| stream.set_nonblocking(true).is_ok()) else {
+                self.turned_away += 1;
                 continue;
-            }
+            };
             if self.strangers.len() == STRANGERS {
                 self.strangers.remove(0); // the oldest had its chance
                 self.turned_away += 1;
@@ -219,7 +214,7 @@ impl Stranger {
 }
 
 /// Read until the buffer is full; false when more has to come.
-fn fill(stream: &mut TcpStream, bytes: &mut [u8], read: &mut usize) -> Result<bool, ()> {
+fn fill(stream: &mut Socket, bytes: &mut [u8], read: &mut usize) -> Result<bool, ()> {
     while *read < bytes.len() {
         match stream.read(&mut bytes[*read..]) {
             Ok(0) => return Err(()),
@@ -233,21 +228,23 @@ fn fill(stream: &mut TcpStream, bytes: &mut [u8], read: &mut usize) -> Result<bo
 }
 
 /// Knock at a gate: connect, prove who we are, and check who answers. A connection that is refused or breaks is tried
-/// again until `deadline`, because the other side may not listen yet, or may be busy with strangers.
+/// again until `deadline`, because the other side may not listen yet, or may be busy with strangers. `first` is a
+/// connection that is there already.
 pub(super) fn knock(
-    address: SocketAddr,
+    address: Address,
+    mut first: Option<Socket>,
     hello: &Hello,
     secret: &Secret,
     clock: &Clock,
     deadline: Duration,
     signal: &Signal,
-) -> Result<TcpStream> {
+) -> Result<Connection> {
     loop {
         let left = deadline
             .saturating_sub(clock.now())
             .clamp(Duration::from_millis(1), ATTEMPT);
-        match attempt(address, hello, secret, left) {
-            Ok(stream) => return Ok(stream),
+        match attempt(address, first.take(), hello, secret, left) {
+            Ok(connection) => return Ok(connection),
             Err(Refusal::Final(error)) => return Err(error),
             Err(Refusal::Broken(_)) if signal.is_raised() => {
                 return signal.check().and(Err(gave_up(hello)));
@@ -285,14 +282,15 @@ impl From<io::Error> for Refusal {
 }
 
 fn attempt(
-    address: SocketAddr,
+    address: Address,
+    first: Option<Socket>,
     hello: &Hello,
     secret: &Secret,
     patience: Duration,
-) -> Result<TcpStream, Refusal> {
+) -> Result<Connection, Refusal> {
     let refuse =
         |what: String, hint| Refusal::Final(Error::rendezvous(hello.rank as usize, what, hint));
-    let mut stream = TcpStream::connect_timeout(&address, patience)?;
+    let mut stream = first.map_or_else(|| address.connect(patience), Ok)?;
     stream.set_read_timeout(Some(patience))?;
     stream.write_all(&hello.encode())?;
     let mut challenge = [0; CHALLENGE_BYTES];
@@ -307,9 +305,12 @@ fn attempt(
     let mut verdict = [0; VERDICT_BYTES];
     stream.read_exact(&mut verdict)?;
     stream.set_read_timeout(None)?;
-    stream.set_nodelay(true)?;
+    stream.set_nodelay()?;
     match exchange.read_verdict(&verdict) {
-        Some(Verdict::Welcome) => Ok(stream),
+        Some(Verdict::Welcome) => Ok(Connection {
+            socket: stream,
+            keys: exchange.keys(),
+        }),
         Some(Verdict::OtherWorld(world)) => Err(refuse(
             format!(
                 "this rank was started in a world of {}, rank 0 in a world of {world}",
@@ -329,5 +330,61 @@ fn attempt(
             format!("{address} sent a verdict that was changed on the way"),
             "Somebody interferes with the connection: use a network you trust",
         )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::{
+            door::listen,
+            handshake::{Purpose, random},
+        },
+        *,
+    };
+
+    /// Goal: strangers behind a Unix door are dropped, and the one that is expected comes in with its keys. Method: one
+    /// writes garbage, one half a hello, one leaves, one knows another secret; the guest knocks among them.
+    #[test]
+    fn strangers_at_a_unix_door_are_dropped_and_the_guest_comes_in() {
+        let (name, clock) = (random().unwrap(), Clock::machine());
+        let (address, secret) = (Address::Unix(name), Secret::from_bytes(b"ours"));
+        let door = Door::Unix(listen(&name).unwrap());
+        let mut gate = Gate::new(0, door, secret.clone(), clock.clone()).unwrap();
+        let stranger = || address.connect(Duration::from_secs(1)).unwrap();
+        let (mut loud, mut half) = (stranger(), stranger());
+        drop(stranger());
+        loud.write_all(&[0x47; 4096]).unwrap();
+        half.write_all(b"fabric01").unwrap();
+        let deadline = clock.now() + Duration::from_secs(20);
+        let knock = |secret: Secret| {
+            let hello = Hello::new(Purpose::Data, 1, 2, 3).unwrap();
+            let signal = Signal::new();
+            knock(address, None, &hello, &secret, &clock, deadline, &signal)
+        };
+        std::thread::scope(|scope| {
+            let wrong = scope.spawn(|| knock(Secret::from_bytes(b"theirs")));
+            let right = scope.spawn(|| knock(secret.clone()));
+            let guest = loop {
+                if let Some(guest) = gate.wait(Duration::from_millis(20)).unwrap().pop() {
+                    break guest;
+                }
+            };
+            assert_eq!(guest.hello.rank, 1);
+            let server = guest.answer(Verdict::Welcome).unwrap();
+            let client = right.join().unwrap().unwrap();
+            assert_eq!(client.keys.send, server.keys.recv);
+            assert_eq!(client.keys.recv, server.keys.send);
+            while !wrong.is_finished() {
+                gate.wait(Duration::from_millis(20)).unwrap();
+            }
+            let refused = wrong.join().unwrap().err().unwrap().to_string();
+            assert!(
+                refused.contains("does not know this job's secret"),
+                "{refused}"
+            );
+        });
+        assert!(gate.turned_away() >= 2);
+        assert!(!matches!(loud.read(&mut [0; 64]), Ok(bytes) if bytes > 0));
     }
 }

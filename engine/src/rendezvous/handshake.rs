@@ -11,7 +11,10 @@
 //! The MAC is blake3 in keyed mode; the key is derived from the secret. All messages have a fixed size, so nothing that
 //! a stranger sends is ever a length.
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    wire::stream::Keys,
+};
 
 const MAGIC: &[u8; 8] = b"fabric01";
 const NONCE: usize = 32;
@@ -227,6 +230,20 @@ impl Exchange {
         (self.mac(b"verdict", &word) == hash(&bytes[4..])).then(|| Verdict::decode(word))
     }
 
+    /// The connection's own keys, one for each direction, as the client uses them: fresh for every connection, because both
+    /// sides' nonces are in them.
+    pub(super) fn keys(&self) -> Keys {
+        let key = |purpose: &str| {
+            let mut hasher = blake3::Hasher::new_derive_key(purpose);
+            hasher.update(&self.key).update(&self.hello);
+            *hasher.update(&self.nonce).finalize().as_bytes()
+        };
+        Keys {
+            send: key("fabric 2026 records from client to server"),
+            recv: key("fabric 2026 records from server to client"),
+        }
+    }
+
     fn mac(&self, role: &[u8], more: &[u8]) -> blake3::Hash {
         blake3::Hasher::new_keyed(&self.key)
             .update(&[role.len() as u8])
@@ -277,6 +294,20 @@ mod tests {
             Verdict::NotExpected,
         ] {
             assert_eq!(client.read_verdict(&server.verdict(verdict)), Some(verdict));
+        }
+    }
+
+    #[test]
+    fn both_sides_have_the_connections_keys_and_no_other_has_them() {
+        let secret = Secret::from_bytes(b"salt and pepper");
+        let (server, client) = pair(&secret, &secret);
+        let (server, client) = (server.keys().reversed(), client.unwrap().keys());
+        assert!(server.send == client.recv && server.recv == client.send);
+        let (other, _) = pair(&secret, &secret);
+        let other = other.keys().reversed();
+        let keys = [server.send, server.recv, other.send, other.recv, secret.key];
+        for (index, key) in keys.iter().enumerate() {
+            assert!(!keys[..index].contains(key));
         }
     }
 

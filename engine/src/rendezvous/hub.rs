@@ -189,7 +189,9 @@ impl Room {
         } else {
             Verdict::Welcome
         };
-        let line = guest.answer(verdict).and_then(Line::new);
+        let line = guest
+            .answer(verdict)
+            .and_then(|connection| Line::new(connection.socket));
         match (verdict, line) {
             (Verdict::Welcome, Ok(line)) => {
                 self.seats[rank] = Seat::Here {

@@ -1,13 +1,10 @@
 //! A control connection: whole messages over a non-blocking socket, with a bound on what a peer may make us hold.
 
-use std::{
-    io::{self, Read, Write},
-    net::TcpStream,
-};
+use std::io::{self, Read, Write};
 
 use serde::{Deserialize, Serialize};
 
-use crate::wire::ledger::Sighting;
+use crate::wire::{ledger::Sighting, stream::Socket};
 
 const MESSAGE_BYTES: usize = 16 << 20; // the largest message that is believed
 
@@ -39,13 +36,13 @@ pub(super) enum Message {
 
 /// A framed connection: four bytes of length, then a message.
 pub(super) struct Line {
-    stream: TcpStream,
+    stream: Socket,
     incoming: Vec<u8>,
     outgoing: Vec<u8>,
 }
 
 impl Line {
-    pub(super) fn new(stream: TcpStream) -> io::Result<Self> {
+    pub(super) fn new(stream: Socket) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
         Ok(Self {
             stream,
@@ -54,7 +51,7 @@ impl Line {
         })
     }
 
-    pub(super) fn stream(&self) -> &TcpStream {
+    pub(super) fn stream(&self) -> &Socket {
         &self.stream
     }
 

@@ -4,6 +4,7 @@
 //! its control line. Over it ranks swap small facts ([`Member::swap`]: addresses, hashes), and the hub tells everybody
 //! who died, what the dead rank last joined, and what waits for it.
 
+mod door;
 mod gate;
 mod handshake;
 mod hub;
@@ -13,7 +14,6 @@ mod passing;
 
 use std::{
     collections::HashMap,
-    io::Write,
     net::{SocketAddr, TcpListener},
     os::fd::{AsFd, OwnedFd},
     sync::{Arc, Mutex},
@@ -25,6 +25,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 pub use handshake::Secret;
+pub(crate) use mesh::Peers;
 
 use crate::{
     clock::Clock,
@@ -32,6 +33,7 @@ use crate::{
     signal::Signal,
     wire::ledger::Ledger,
 };
+use door::{Address, Door};
 use gate::{Gate, knock};
 use handshake::{Hello, Purpose};
 use hub::Hub;
@@ -145,8 +147,12 @@ impl Member {
         let (rank, world, clock) = (options.rank, options.world, options.clock.clone());
         let hub = match listener {
             Some(listener) => {
-                let gate = Gate::new(rank, listener, options.secret.clone(), clock.clone())?;
-                options.address = reachable(gate.address()?);
+                let address = listener
+                    .local_addr()
+                    .map_err(|e| Error::io(rank, "read the listener's address", e))?;
+                options.address = reachable(address);
+                let (door, secret) = (Door::Tcp(listener), options.secret.clone());
+                let gate = Gate::new(rank, door, secret, clock.clone())?;
                 Some(Hub::start(
                     gate,
                     world,
@@ -159,15 +165,17 @@ impl Member {
         };
         let hello = Hello::new(Purpose::Control, rank, world, options.epoch)?;
         let (signal, deadline) = (Signal::new(), clock.now() + options.patience);
-        let stream = knock(
-            options.address,
+        let connection = knock(
+            Address::Tcp(options.address),
+            None,
             &hello,
             &options.secret,
             &clock,
             deadline,
             &signal,
         )?;
-        let line = Line::new(stream).map_err(|e| Error::io(rank, "open the control line", e))?;
+        let line = Line::new(connection.socket)
+            .map_err(|e| Error::io(rank, "open the control line", e))?;
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let wake = Arc::new(wake.map_err(|e| Error::io(rank, "make an eventfd", e))?);
         let (outbox, inbox) = unbounded();
@@ -208,6 +216,11 @@ impl Member {
     /// How many ranks there are.
     pub fn world(&self) -> usize {
         self.options.world
+    }
+
+    /// Whether the job has a secret, from which keys can be made.
+    pub fn has_secret(&self) -> bool {
+        self.options.secret.is_given()
     }
 
     /// The handle for other threads.
@@ -449,8 +462,7 @@ impl Client {
         while self.line.is_full() && clock.now() < deadline && self.line.flush().is_ok() {
             clock.sleep(Duration::from_millis(1));
         }
-        let _ = self.line.stream().shutdown(std::net::Shutdown::Write);
-        let _ = self.line.stream().flush();
+        let _ = rustix::net::shutdown(self.line.stream(), rustix::net::Shutdown::Write);
     }
 }
 

@@ -14,9 +14,8 @@ use std::{
     io::{self, IoSlice, IoSliceMut, Read, Write},
     mem::MaybeUninit,
     os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
-        linux::net::SocketAddrExt,
-        unix::net::{SocketAddr, UnixListener, UnixStream},
+        fd::{BorrowedFd, OwnedFd},
+        unix::net::{UnixListener, UnixStream},
     },
     sync::atomic::{AtomicBool, Ordering},
     time::Duration,
@@ -26,13 +25,16 @@ use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     net::{
         RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-        SendAncillaryMessage, SendFlags, recvmsg, sendmsg, sockopt::socket_peercred,
+        SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
     },
-    process::geteuid,
 };
 use serde::{Deserialize, Serialize};
 
-use super::{Member, handshake::random};
+use super::{
+    Member,
+    door::{listen, machine, same_user, unix},
+    handshake::random,
+};
 use crate::error::{Error, Result};
 
 const MAGIC: &[u8; 8] = b"fabricfd";
@@ -224,7 +226,7 @@ impl Party<'_> {
     }
 
     fn ask(&self, peer: usize, name: &[u8; 32]) -> io::Result<OwnedFd> {
-        let mut stream = UnixStream::connect_addr(&address(name)?)?;
+        let mut stream = UnixStream::connect_addr(&unix(name)?)?;
         same_user(&stream)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         let mut hello = [0; HELLO_BYTES];
@@ -263,48 +265,10 @@ impl Party<'_> {
     }
 }
 
-fn listen(name: &[u8; 32]) -> io::Result<UnixListener> {
-    let listener = UnixListener::bind_addr(&address(name)?)?;
-    listener.set_nonblocking(true)?;
-    Ok(listener)
-}
-
-fn address(name: &[u8; 32]) -> io::Result<SocketAddr> {
-    let hex = name.iter().map(|byte| format!("{byte:02x}"));
-    SocketAddr::from_abstract_name(format!("fabric-{}", hex.collect::<String>()))
-}
-
-fn same_user(stream: &UnixStream) -> io::Result<()> {
-    let peer = socket_peercred(stream.as_fd())?;
-    if peer.uid == geteuid() {
-        return Ok(());
-    }
-    Err(io::Error::other(format!(
-        "it belongs to user {}",
-        peer.uid.as_raw()
-    )))
-}
-
-/// What two processes must have in common to share memory: the boot, the user, the network (abstract names live in it)
-/// and the process numbers. Ranks for which any is unknown have nothing in common with anybody.
-fn machine() -> String {
-    let read = || -> io::Result<String> {
-        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
-        let network = std::fs::read_link("/proc/self/ns/net")?;
-        let processes = std::fs::read_link("/proc/self/ns/pid")?;
-        let user = geteuid().as_raw();
-        Ok(format!(
-            "{} {user} {} {}",
-            boot.trim(),
-            network.display(),
-            processes.display()
-        ))
-    };
-    read().unwrap_or_else(|error| format!("unknown, process {}: {error}", std::process::id()))
-}
-
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd;
+
     use super::*;
 
     const GROUP: [usize; 2] = [0, 1];
@@ -356,7 +320,7 @@ mod tests {
         let done = AtomicBool::new(false);
         std::thread::scope(|scope| {
             scope.spawn(|| server.serve(&listener, fd.as_fd(), &done));
-            let mut stranger = UnixStream::connect_addr(&address(&name).unwrap()).unwrap();
+            let mut stranger = UnixStream::connect_addr(&unix(&name).unwrap()).unwrap();
             stranger.write_all(&[0x47; HELLO_BYTES + MAC]).unwrap();
             let end = stranger.read(&mut [0; MAC]);
             assert!(!matches!(end, Ok(bytes) if bytes > 0));
@@ -369,7 +333,7 @@ mod tests {
     #[test]
     fn a_server_that_does_not_know_the_secret_is_refused() {
         let name = random().unwrap();
-        let listener = UnixListener::bind_addr(&address(&name).unwrap()).unwrap();
+        let listener = UnixListener::bind_addr(&unix(&name).unwrap()).unwrap();
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 let (mut stream, _) = listener.accept().unwrap();

@@ -6,7 +6,7 @@ pub mod frame;
 pub mod ledger;
 pub(crate) mod shm;
 pub mod sim;
-pub mod tcp;
+pub mod stream;
 
 mod waiting;
 

@@ -1,18 +1,18 @@
-//! How host communicators come to be: over TCP, in shared memory, or by whichever of the two reaches everybody; for the
-//! whole job, or for a subgroup of it.
+//! How host communicators come to be: over TCP, over Unix sockets, in shared memory, or by whichever of these reaches
+//! everybody; for the whole job, or for a subgroup of it.
 
 use std::{os::fd::AsFd, sync::Arc};
 
 use super::{Executor, Host, Options, shared::SharedMemory};
 use crate::{
     error::{Error, Result},
-    rendezvous::Member,
+    rendezvous::{Member, Peers},
     schedule::choose::WireKind,
     wire::{
         Vigil,
         ledger::Ledger,
         shm::{Arena, Group, MOST_RANKS, Mapping},
-        tcp::Tcp,
+        stream::{Security, Streams},
     },
 };
 
@@ -29,6 +29,7 @@ pub(super) struct Family {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Reach {
     Tcp,
+    Unix,
     Best,
 }
 
@@ -36,27 +37,44 @@ impl Host {
     /// Connect all ranks of the job over TCP.
     ///
     /// # Errors
-    /// When a rank cannot be reached, or the ranks' tuning tables differ.
+    /// When a rank cannot be reached, or the ranks' options differ.
     pub fn tcp(member: &Arc<Member>, options: Options) -> Result<Self> {
         agree(member, &options)?;
         Self::tcp_group(member, everybody(member), "world".into(), options)
+    }
+
+    /// Connect all ranks of the job over Unix sockets; `None`, on all ranks alike, when that cannot be done because they are
+    /// on different machines, in different containers or different users', or the system refuses.
+    ///
+    /// # Errors
+    /// When a rank cannot be reached, or the ranks' options differ.
+    pub fn unix(member: &Arc<Member>, options: Options) -> Result<Option<Self>> {
+        agree(member, &options)?;
+        let name = "world".to_string();
+        let met = member.connect_unix(&name, &everybody(member))?;
+        let Ok(peers) = met.outcome else {
+            return Ok(None);
+        };
+        let (kind, reach) = (WireKind::Unix, Reach::Unix);
+        Self::streams(member, everybody(member), name, options, peers, kind, reach).map(Some)
     }
 
     /// Connect all ranks of the job through memory that all of them map; `None`, on all ranks alike, when that cannot
     /// be done because they are on different machines, or in different containers, or the system refuses.
     ///
     /// # Errors
-    /// When a rank cannot be reached, or the ranks' tuning tables differ.
+    /// When a rank cannot be reached, or the ranks' options differ.
     pub fn shm(member: &Arc<Member>, options: Options) -> Result<Option<Self>> {
         agree(member, &options)?;
         let (made, _) = Self::shm_group(member, everybody(member), "world".into(), options)?;
         Ok(made.ok())
     }
 
-    /// Connect all ranks of the job by the fastest wire that reaches all of them: shared memory, or else TCP.
+    /// Connect all ranks of the job by the fastest wire that reaches all of them: shared memory, or else Unix sockets,
+    /// or else TCP.
     ///
     /// # Errors
-    /// When a rank cannot be reached, or the ranks' tuning tables differ.
+    /// When a rank cannot be reached, or the ranks' options differ.
     pub fn best(member: &Arc<Member>, options: Options) -> Result<Self> {
         agree(member, &options)?;
         Self::best_group(member, everybody(member), "world".into(), options)
@@ -71,24 +89,45 @@ impl Host {
         let rank = member.rank();
         let (made, everywhere) =
             Self::shm_group(member, group.clone(), name.clone(), options.clone())?;
-        match made {
+        // Whoever has a wire takes part in the search for the others', because the whole world swaps addresses.
+        let without = |found: bool| if found { Vec::new() } else { group.clone() };
+        if everywhere {
+            tracing::info!(rank, group = name, wire = "shm", "all ranks share memory");
+            return made.map_err(|why| Error::rendezvous(rank, why, "This is a mistake in Fabric"));
+        }
+        let wants = without(made.is_ok());
+        let met = member.connect_unix(&name, &wants)?;
+        let wants = without(made.is_ok() || met.outcome.is_ok());
+        let peers = if met.everywhere {
+            Peers::default()
+        } else {
+            member.connect(&name, &wants)?
+        };
+        let (made, shm) = match made {
             Ok(host) => {
                 tracing::info!(rank, group = name, wire = "shm", "all ranks share memory");
-                if !everywhere {
-                    member.connect(&name, &[])?; // another group of this split needs the whole world to swap addresses
-                }
-                Ok(host)
+                return Ok(host);
             }
-            Err(why) => {
-                tracing::info!(rank, group = name, wire = "tcp", why, "no shared memory");
-                Self::tcp_group(member, group, name, options).map(|mut host| {
-                    if let Some(family) = &mut host.family {
-                        family.reach = Reach::Best;
-                    }
-                    host
-                })
+            Err(why) => (met.outcome, why),
+        };
+        let (peers, kind) = match made {
+            Ok(peers) => {
+                tracing::info!(rank, group = name, wire = "unix", shm, "no shared memory");
+                (peers, WireKind::Unix)
             }
-        }
+            Err(unix) => {
+                tracing::info!(
+                    rank,
+                    group = name,
+                    wire = "tcp",
+                    shm,
+                    unix,
+                    "one machine does not hold all ranks"
+                );
+                (peers, WireKind::Tcp)
+            }
+        };
+        Self::streams(member, group, name, options, peers, kind, Reach::Best)
     }
 
     /// The communicator, or why there is none, which all ranks of the group agree on; and whether all groups of the
@@ -137,17 +176,47 @@ impl Host {
         options: Options,
     ) -> Result<Self> {
         let peers = member.connect(&name, &group)?;
+        let (kind, reach) = (WireKind::Tcp, Reach::Tcp);
+        Self::streams(member, group, name, options, peers, kind, reach)
+    }
+
+    fn unix_group(
+        member: &Arc<Member>,
+        group: Vec<usize>,
+        name: String,
+        options: Options,
+    ) -> Result<Self> {
+        let met = member.connect_unix(&name, &group)?;
+        let again = "The whole group did meet over Unix sockets: look for limits on open files";
+        let peers = met
+            .outcome
+            .map_err(|why| Error::rendezvous(member.rank(), why, again))?;
+        let (kind, reach) = (WireKind::Unix, Reach::Unix);
+        Self::streams(member, group, name, options, peers, kind, reach)
+    }
+
+    fn streams(
+        member: &Arc<Member>,
+        group: Vec<usize>,
+        name: String,
+        options: Options,
+        peers: Peers,
+        kind: WireKind,
+        reach: Reach,
+    ) -> Result<Self> {
         let rank = place(member, &group);
         let vigil = watch(member, &group, &options);
-        let wire = Tcp::new(rank, peers, vigil.clone())?;
-        let mut host = Self::over(
-            Box::new(wire),
-            WireKind::Tcp,
-            vigil,
-            options,
-            Some(member.control().clone()),
-        )?;
-        host.family = Some(Family::new(member, group, name, Reach::Tcp));
+        let security = security(member, &options, &peers)?;
+        tracing::debug!(
+            rank,
+            group = name,
+            wire = kind.name(),
+            security = security.name()
+        );
+        let wire = Streams::new(rank, peers.connections, security, vigil.clone())?;
+        let control = Some(member.control().clone());
+        let mut host = Self::over(Box::new(wire), kind, vigil, options, control)?;
+        host.family = Some(Family::new(member, group, name, reach));
         Ok(host)
     }
 
@@ -184,6 +253,7 @@ impl Host {
         let group = group.into_iter().map(|(_, peer)| peer).collect();
         let make = match family.reach {
             Reach::Tcp => Self::tcp_group,
+            Reach::Unix => Self::unix_group,
             Reach::Best => Self::best_group,
         };
         let options = self.shared.options.clone();
@@ -228,16 +298,71 @@ fn watch(member: &Member, group: &[usize], options: &Options) -> Vigil {
     }
 }
 
-/// All ranks must choose algorithms from one table.
+/// All ranks must choose algorithms from one table, and do the same for what travels.
 fn agree(member: &Member, options: &Options) -> Result<()> {
-    let tables = member.swap("fabric/tuning", &options.tuning.hash().to_le_bytes())?;
-    let own = &tables[member.rank()];
-    match tables.iter().position(|hash| hash != own) {
-        None => Ok(()),
-        Some(peer) => Err(Error::rendezvous(
-            member.rank(),
-            format!("rank {peer} has another tuning table"),
-            "Give all ranks the same FABRIC_TUNING, or none",
-        )),
+    let mine = Terms {
+        tuning: options.tuning.hash(),
+        security: options.security.map(Security::name).unwrap_or_default(),
+    };
+    let bytes = postcard::to_allocvec(&mine).expect("terms have only plain fields");
+    let rows = member.swap("fabric/terms", &bytes)?;
+    for (peer, row) in rows.iter().enumerate() {
+        let disagree = |what: String, hint: &str| Err(Error::rendezvous(member.rank(), what, hint));
+        let Ok(theirs) = postcard::from_bytes::<Terms>(row) else {
+            return disagree(
+                format!("rank {peer} sent no terms that this program can read"),
+                "All ranks must run the same version of this program",
+            );
+        };
+        if theirs.tuning != mine.tuning {
+            return disagree(
+                format!("rank {peer} has another tuning table"),
+                "Give all ranks the same FABRIC_TUNING, or none",
+            );
+        }
+        if theirs.security != mine.security {
+            let name = |terms: &Terms| match terms.security {
+                "" => "none (the addresses decide)".to_string(),
+                name => format!("'{name}'"),
+            };
+            return disagree(
+                format!(
+                    "rank {peer} asks for security {}, rank {} for {}",
+                    name(&theirs),
+                    member.rank(),
+                    name(&mine)
+                ),
+                "Give all ranks the same FABRIC_SECURITY, or none",
+            );
+        }
     }
+    Ok(())
+}
+
+/// What all ranks must have in common.
+#[derive(serde::Serialize, serde::Deserialize)]
+struct Terms<'a> {
+    tuning: u64,
+    security: &'a str,
+}
+
+/// What is done for what travels over these connections: what was asked for, or else what their addresses need, which is
+/// the same for all ranks of the group.
+pub(super) fn security(member: &Member, options: &Options, peers: &Peers) -> Result<Security> {
+    let security = options.security.unwrap_or(match peers.is_local {
+        true => Security::Plain,
+        false => Security::Encrypted,
+    });
+    if security == Security::Plain || member.has_secret() {
+        return Ok(security);
+    }
+    Err(Error::rendezvous(
+        member.rank(),
+        format!(
+            "what travels between ranks would be {}, but the job has no secret to make keys from",
+            security.name()
+        ),
+        "Set FABRIC_SECRET to the same random text on all ranks (on a network that nobody else reaches, \
+         FABRIC_SECURITY=plain does without)",
+    ))
 }

@@ -44,6 +44,8 @@ pub(super) use shape::check_shapes;
 use shape::stamp;
 use shared::SharedMemory;
 
+pub use crate::wire::stream::Security;
+
 const QUEUE: usize = 1024; // operations that may wait; more block the caller
 const GRACE: Duration = Duration::from_secs(1); // how long a broken connection waits for the hub's fuller story
 
@@ -59,6 +61,9 @@ pub struct Options {
     /// How many bytes of address space a rank's shared memory may take: an upper bound on all slabs that peers reach
     /// without a copy. What is not touched costs nothing.
     pub arena_bytes: usize,
+    /// What is done for what travels over sockets; all ranks must ask for the same. `None`: nothing where no other machine
+    /// reaches the sockets, and encryption anywhere else. Shared memory is out of others' reach.
+    pub security: Option<Security>,
 }
 
 impl Default for Options {
@@ -68,6 +73,7 @@ impl Default for Options {
             tuning: Tuning::default(),
             clock: Clock::machine(),
             arena_bytes: 16 << 30,
+            security: None,
         }
     }
 }

@@ -38,7 +38,7 @@ fn fill(slab: &mut Slab, rank: usize) {
 }
 
 /// Every collective that `dtype` can be used with.
-fn calls(dtype: Dtype, size: usize) -> Vec<Op> {
+pub(super) fn calls(dtype: Dtype, size: usize) -> Vec<Op> {
     let mut reduces = vec![ReduceOp::Min, ReduceOp::Max];
     if dtype != Dtype::Bool {
         reduces.extend([ReduceOp::Sum, ReduceOp::Avg, ReduceOp::Prod]);
@@ -101,7 +101,7 @@ fn problem(call: &Call, size: usize, numel: usize) -> Problem {
 }
 
 /// Run one collective, and give back the bytes of the rank's output alone.
-fn once(
+pub(super) fn once(
     host: &mut Host,
     call: &Call,
     numel: usize,
@@ -167,7 +167,7 @@ fn once(
 
 /// How the memory is given.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Form {
+pub(super) enum Form {
     Apart,
     InPlace,
     Many,

@@ -12,6 +12,7 @@ use fabric_kernels::Dtype;
 
 mod agree;
 mod calls;
+mod wires;
 
 use super::*;
 use crate::{
@@ -32,10 +33,17 @@ fn options() -> Options {
 
 /// Run `rank` on every rank of a world, and give back what they returned, by rank.
 fn world<T: Send>(size: usize, rank: impl Fn(&Arc<Member>) -> T + Sync) -> Vec<T> {
+    world_of(size, &Secret::from_bytes(b"the ranks of a test"), rank)
+}
+
+fn world_of<T: Send>(
+    size: usize,
+    secret: &Secret,
+    rank: impl Fn(&Arc<Member>) -> T + Sync,
+) -> Vec<T> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let address: SocketAddr = listener.local_addr().unwrap();
     let listener = Mutex::new(Some(listener));
-    let secret = Secret::from_bytes(b"the ranks of a test");
     std::thread::scope(|scope| {
         let threads = (0..size)
             .map(|number| {
@@ -260,26 +268,6 @@ fn subgroups_share_memory_of_their_own() {
         one.barrier().unwrap();
         host.barrier().unwrap();
     });
-}
-
-#[test]
-fn without_shared_memory_all_ranks_take_tcp() {
-    let files = world(2, |member| {
-        let group = [0, 1];
-        let fd = std::fs::File::open("/proc/self/exe").unwrap();
-        let own = match member.rank() {
-            0 => Ok(fd.as_fd()),
-            _ => Err("the system refuses".to_string()),
-        };
-        let passed = member
-            .pass("test", &group, own, &mut |_, _| Ok(()))
-            .unwrap();
-        assert!(!passed.everywhere && passed.neighbours == 2);
-        passed.outcome.unwrap_err()
-    });
-    for why in files {
-        assert!(why.contains("rank 1 has no shared memory"), "{why}");
-    }
 }
 
 #[test]
