@@ -1,4 +1,4 @@
-//! Which algorithm for which call: one table, read from the top, compared between ranks by hash.
+//! Which algorithm for which call: one table, read from the top, rank 0's for all.
 //!
 //! A choice depends only on what all ranks know, so that all choose alike. The table is text: a user's own is parsed
 //! from the same form that [`Tuning::to_text`] prints.
@@ -149,13 +149,6 @@ impl Tuning {
         }
         Ok(Tuning { rows })
     }
-
-    /// FNV-1a (Fowler, Noll and Vo) over the canonical text: the same on every machine and in every build.
-    pub fn hash(&self) -> u64 {
-        let step =
-            |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
-        self.to_text().bytes().fold(0xcbf2_9ce4_8422_2325, step)
-    }
 }
 
 impl Row {
@@ -281,15 +274,6 @@ mod tests {
             tuning.choose(&Kind::AllReduce, 4, 9, WireKind::Unix),
             Algorithm::Direct
         );
-    }
-
-    #[test]
-    fn the_hash_is_the_same_for_ever_and_sees_every_row() {
-        assert_eq!(Tuning { rows: Vec::new() }.hash(), 0xcbf2_9ce4_8422_2325); // FNV-1a of nothing
-        let mut tuning = Tuning::default();
-        let before = tuning.hash();
-        tuning.rows[0].most_bytes = Some(16385);
-        assert_ne!(tuning.hash(), before);
     }
 
     #[test]

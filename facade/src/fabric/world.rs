@@ -84,7 +84,10 @@ pub(super) fn is_from_peer(error: &Error) -> bool {
 
 /// The communicator, over the wire that FABRIC_WIRE names or the best one.
 fn connect(member: &Arc<Member>) -> Result<Host> {
-    let mut options = HostOptions::default();
+    let mut options = HostOptions {
+        tuning: fabric_engine::comm::host::tuning()?,
+        ..HostOptions::default()
+    };
     if let Some(time) = seconds("FABRIC_TIMEOUT_S", "a collective may take")? {
         options.deadline = time;
     }

@@ -7,7 +7,7 @@ use super::{Executor, Host, Options, shared::SharedMemory};
 use crate::{
     error::{Error, Result},
     rendezvous::{Member, Peers},
-    schedule::choose::WireKind,
+    schedule::choose::{Tuning, WireKind},
     wire::{
         Vigil,
         ledger::Ledger,
@@ -38,8 +38,8 @@ impl Host {
     ///
     /// # Errors
     /// When a rank cannot be reached, or the ranks' options differ.
-    pub fn tcp(member: &Arc<Member>, options: Options) -> Result<Self> {
-        agree(member, &options)?;
+    pub fn tcp(member: &Arc<Member>, mut options: Options) -> Result<Self> {
+        agree(member, &mut options)?;
         Self::tcp_group(member, everybody(member), "world".into(), options)
     }
 
@@ -48,8 +48,8 @@ impl Host {
     ///
     /// # Errors
     /// When a rank cannot be reached, or the ranks' options differ.
-    pub fn unix(member: &Arc<Member>, options: Options) -> Result<Option<Self>> {
-        agree(member, &options)?;
+    pub fn unix(member: &Arc<Member>, mut options: Options) -> Result<Option<Self>> {
+        agree(member, &mut options)?;
         let name = "world".to_string();
         let met = member.connect_unix(&name, &everybody(member))?;
         let Ok(peers) = met.outcome else {
@@ -64,8 +64,8 @@ impl Host {
     ///
     /// # Errors
     /// When a rank cannot be reached, or the ranks' options differ.
-    pub fn shm(member: &Arc<Member>, options: Options) -> Result<Option<Self>> {
-        agree(member, &options)?;
+    pub fn shm(member: &Arc<Member>, mut options: Options) -> Result<Option<Self>> {
+        agree(member, &mut options)?;
         let (made, _) = Self::shm_group(member, everybody(member), "world".into(), options)?;
         Ok(made.ok())
     }
@@ -75,8 +75,8 @@ impl Host {
     ///
     /// # Errors
     /// When a rank cannot be reached, or the ranks' options differ.
-    pub fn best(member: &Arc<Member>, options: Options) -> Result<Self> {
-        agree(member, &options)?;
+    pub fn best(member: &Arc<Member>, mut options: Options) -> Result<Self> {
+        agree(member, &mut options)?;
         Self::best_group(member, everybody(member), "world".into(), options)
     }
 
@@ -298,10 +298,10 @@ fn watch(member: &Member, group: &[usize], options: &Options) -> Vigil {
     }
 }
 
-/// All ranks must choose algorithms from one table, and do the same for what travels.
-fn agree(member: &Member, options: &Options) -> Result<()> {
+/// All ranks choose algorithms from rank 0's table, and must do the same for what travels.
+fn agree(member: &Member, options: &mut Options) -> Result<()> {
     let mine = Terms {
-        tuning: options.tuning.hash(),
+        tuning: options.tuning.to_text(),
         security: options.security.map(Security::name).unwrap_or_default(),
     };
     let bytes = postcard::to_allocvec(&mine).expect("terms have only plain fields");
@@ -314,11 +314,12 @@ fn agree(member: &Member, options: &Options) -> Result<()> {
                 "All ranks must run the same version of this program",
             );
         };
-        if theirs.tuning != mine.tuning {
-            return disagree(
-                format!("rank {peer} has another tuning table"),
-                "Give all ranks the same FABRIC_TUNING, or none",
-            );
+        if peer == 0 {
+            // Tables are measured on machines, and may differ: all use one.
+            options.tuning = Tuning::parse(&theirs.tuning).map_err(|error| {
+                let hint = "All ranks must run the same version of this program";
+                Error::rendezvous(member.rank(), format!("rank 0's table: {error}"), hint)
+            })?;
         }
         if theirs.security != mine.security {
             let name = |terms: &Terms| match terms.security {
@@ -342,7 +343,7 @@ fn agree(member: &Member, options: &Options) -> Result<()> {
 /// What all ranks must have in common.
 #[derive(serde::Serialize, serde::Deserialize)]
 struct Terms<'a> {
-    tuning: u64,
+    tuning: String,
     security: &'a str,
 }
 

@@ -11,6 +11,7 @@ mod shape;
 mod shared;
 #[cfg(test)]
 mod tests;
+mod tuned;
 
 use std::{
     sync::{
@@ -43,6 +44,7 @@ use queue::{Giver, Taker, queue};
 pub(super) use shape::check_shapes;
 use shape::stamp;
 use shared::SharedMemory;
+pub use tuned::{FABRIC_TUNING, tuning, tuning_path};
 
 pub use crate::wire::stream::Security;
 
@@ -54,7 +56,7 @@ const GRACE: Duration = Duration::from_secs(1); // how long a broken connection 
 pub struct Options {
     /// How long an operation may take, unless its call says otherwise.
     pub deadline: Duration,
-    /// Which algorithm for what; all ranks must have the same.
+    /// Which algorithm for what; rank 0's is used by all.
     pub tuning: Tuning,
     /// The clock.
     pub clock: Clock,

@@ -230,3 +230,30 @@ fn a_message_of_another_length_is_named_on_the_side_that_receives_it() {
         errors[1]
     );
 }
+
+#[test]
+fn rank_0s_tuning_table_is_everybodys() {
+    use crate::schedule::choose::Tuning;
+    let prices = world(2, |member| {
+        // By rank 1's own table the vector would be posted; by rank 0's it is loaded.
+        let text = ["* shm * * load", "* shm * * post"][member.rank()];
+        let options = Options {
+            tuning: Tuning::parse(text).unwrap(),
+            ..options()
+        };
+        let mut host = shm(member, options);
+        let call = Call::new(Op::AllReduce(ReduceOp::Sum)).blocking();
+        let price = host.price(&call, Dtype::F32, 100);
+        let slab = host.alloc(Dtype::F32, 100).unwrap();
+        host.submit(call, Data::InPlace(slab))
+            .unwrap()
+            .wait()
+            .unwrap();
+        price.bytes
+    });
+    assert_eq!(
+        prices,
+        [400, 400],
+        "half of each vector is loaded, half is stored"
+    );
+}
