@@ -284,3 +284,71 @@ fn devices(stage: &Stage) -> Result<Vec<Device>> {
     };
     Ok(pids.iter().enumerate().map(device).collect())
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    fn coll(line: &str) -> fabric::Result<()> {
+        let words = std::iter::once("coll").chain(line.split_whitespace());
+        run(&Args::parse_from(words))
+    }
+
+    /// Goal: the program as a whole. Method: every collective on threads, and what it wrote.
+    #[test]
+    fn tables_of_several_ranks_and_wires_are_one_report() {
+        let folder = tempfile::tempdir().unwrap();
+        let (json, svg) = (folder.path().join("a.json"), folder.path().join("a.svg"));
+        coll(&format!(
+            "all -n 1-3 --threads --wire shm,tcp -b 0 -e 4K -f 8 --iters 2 --limit -I -r all -J {} --plot {}",
+            json.display(),
+            svg.display()
+        ))
+        .unwrap();
+        let report = Report::read(&json).unwrap();
+        assert!(report.tables.len() >= 3 * 2 * 5);
+        for table in &report.tables {
+            assert!(table.out_of_bounds.okay && table.guards == 0);
+            assert_eq!(table.devices.len(), table.config.ranks);
+            assert!(!table.results.is_empty());
+        }
+        let svg = std::fs::read_to_string(svg).unwrap();
+        assert!(svg.contains("all_reduce sum float, 3 ranks, tcp, in place"));
+    }
+
+    #[test]
+    fn every_way_to_take_times_checks_too() {
+        for way in [
+            "-z 1",
+            "--dirty",
+            "--budget 0.001",
+            "-m 3",
+            "--rotate",
+            "--private -u 1 -N 2",
+        ] {
+            let line =
+                "all_reduce,reduce_scatter,broadcast -n 2 --threads -b 4 -e 256K -f 64 --iters 2";
+            coll(&format!("{line} {way}")).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_sweep_of_everything_finds_nothing_wrong() {
+        coll("all -n 3 --threads --wire shm,tcp -o all -d all --sweep -e 20K").unwrap();
+    }
+
+    #[test]
+    fn what_is_wrong_is_an_error_and_so_is_what_the_engine_has_not() {
+        let wrong = Wrong {
+            elements: 3,
+            outside: 1,
+        };
+        let text = verdict(wrong).unwrap_err().to_string();
+        assert!(text.contains("3 wrong elements") && text.contains("1 bytes"));
+        assert!(verdict(Wrong::default()).is_ok());
+        let text = coll("all_reduce -n 2 --threads --wire carrier-pigeon").unwrap_err();
+        assert!(text.to_string().contains("no such wire"), "{text}");
+    }
+}

@@ -20,10 +20,10 @@ pub struct Line {
     pub is_limit: bool,
 }
 
-const WIDTH: f64 = 960.0;
+const WIDTH: f64 = 1000.0;
 const HEIGHT: f64 = 540.0;
 const LEFT: f64 = 70.0;
-const RIGHT: f64 = 290.0; // room for the legend
+const RIGHT: f64 = 320.0; // room for the legend
 const TOP: f64 = 46.0;
 const BOTTOM: f64 = 58.0;
 // Colours that differ in brightness too (Okabe and Ito's).
@@ -31,6 +31,7 @@ const COLOURS: [&str; 8] = [
     "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6d1f",
 ];
 const MARKS: usize = 3; // shapes
+const LIMIT_DASHES: [&str; 2] = [" stroke-dasharray=\"8 4\"", " stroke-dasharray=\"2 3\""];
 
 /// The lines of a report: for every table, type and reduction, out of place and in place, and the limit.
 pub fn lines(report: &Report) -> Vec<Line> {
@@ -141,8 +142,8 @@ pub fn write(path: &Path, lines: &[Line]) -> io::Result<()> {
 pub fn draw(lines: &[Line], title: &str) -> Option<String> {
     let points = || lines.iter().flat_map(|line| &line.points);
     let points = || points().filter(|(x, y)| *x > 0.0 && *y > 0.0);
-    let x = Axis::of(points().map(|(x, _)| *x), 4.0, LEFT, WIDTH - RIGHT)?;
-    let y = Axis::of(points().map(|(_, y)| *y), 10.0, HEIGHT - BOTTOM, TOP)?;
+    let x = Axis::sizes(points().map(|(x, _)| *x), LEFT, WIDTH - RIGHT)?;
+    let y = Axis::bandwidths(points().map(|(_, y)| *y), HEIGHT - BOTTOM, TOP)?;
     let mut svg = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" width=\"{WIDTH}\" height=\"{HEIGHT}\" \
          font-family=\"sans-serif\" font-size=\"13\">\n<rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n"
@@ -163,7 +164,7 @@ pub fn draw(lines: &[Line], title: &str) -> Option<String> {
     for tick in y.ticks() {
         for part in [1.0, 2.0, 5.0] {
             let at = y.place(tick * part);
-            if at < TOP - 0.5 {
+            if at < TOP - 0.5 || at > HEIGHT - BOTTOM + 0.5 {
                 continue;
             }
             let colour = if part == 1.0 { "#cccccc" } else { "#ececec" };
@@ -174,7 +175,7 @@ pub fn draw(lines: &[Line], title: &str) -> Option<String> {
                 at + 4.5,
                 "end",
                 12,
-                &format!("{}", tick * part),
+                &number_text(tick * part),
             );
         }
     }
@@ -191,37 +192,42 @@ pub fn draw(lines: &[Line], title: &str) -> Option<String> {
     Some(svg)
 }
 
-/// A logarithmic axis from a power of `step` to another.
+/// A logarithmic axis. Sizes reach from a tick to a tick; bandwidths end where the values do.
 struct Axis {
     low: f64,
     high: f64,
+    first: f64, // tick
     step: f64,
     from: f64,
     to: f64,
 }
 
 impl Axis {
-    fn of(
-        values: impl Iterator<Item = f64> + Clone,
-        step: f64,
-        from: f64,
-        to: f64,
-    ) -> Option<Self> {
-        let low = values.clone().reduce(f64::min)?;
-        let high = values.reduce(f64::max)?;
-        let power = |exponent: f64| step.powf(exponent);
-        // Sizes count from 1 KiB, so that ticks fall on 1K, 4K, ...
-        let unit = if step == 4.0 { 1024.0 } else { 1.0 };
-        let floor = ((low / unit).ln() / step.ln() + 1e-9).floor();
-        let ceil = ((high / unit).ln() / step.ln() - 1e-9).ceil();
+    fn sizes(values: impl Iterator<Item = f64> + Clone, from: f64, to: f64) -> Option<Self> {
+        const STEP: f64 = 4.0;
+        let (low, high) = ends(values)?;
+        // Ticks fall on 1K, 4K, 16K, ...
+        let floor = ((low / 1024.0).log(STEP) + 1e-9).floor();
+        let ceil = ((high / 1024.0).log(STEP) - 1e-9).ceil();
+        let low = 1024.0 * STEP.powf(floor);
         Some(Self {
-            low: unit * power(floor),
-            high: if step == 4.0 {
-                unit * power(ceil.max(floor + 1.0))
-            } else {
-                high.max(low * 2.0) * 1.25
-            },
-            step,
+            low,
+            high: 1024.0 * STEP.powf(ceil.max(floor + 1.0)),
+            first: low,
+            step: STEP,
+            from,
+            to,
+        })
+    }
+
+    fn bandwidths(values: impl Iterator<Item = f64> + Clone, from: f64, to: f64) -> Option<Self> {
+        const STEP: f64 = 10.0;
+        let (low, high) = ends(values)?;
+        Some(Self {
+            low: low / 1.25,
+            high: high.max(low * 2.0) * 1.25,
+            first: STEP.powf(low.log10().floor() - 1.0),
+            step: STEP,
             from,
             to,
         })
@@ -234,14 +240,19 @@ impl Axis {
 
     fn ticks(&self) -> impl Iterator<Item = f64> {
         let (high, step) = (self.high * (1.0 + 1e-9), self.step);
-        std::iter::successors(Some(self.low), move |tick| Some(tick * step))
+        std::iter::successors(Some(self.first), move |tick| Some(tick * step))
             .take_while(move |tick| *tick <= high)
     }
 }
 
+/// The smallest and the largest.
+fn ends(values: impl Iterator<Item = f64> + Clone) -> Option<(f64, f64)> {
+    Some((values.clone().reduce(f64::min)?, values.reduce(f64::max)?))
+}
+
 fn style(line: &Line, number: usize) -> (&'static str, &'static str) {
     match line.is_limit {
-        true => ("#777777", " stroke-dasharray=\"6 4\""),
+        true => ("#777777", LIMIT_DASHES[number / 2 % LIMIT_DASHES.len()]),
         false => (COLOURS[number % COLOURS.len()], ""),
     }
 }
@@ -318,6 +329,12 @@ fn text(svg: &mut String, x: f64, y: f64, anchor: &str, size: u32, words: &str) 
         svg,
         "<text x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\" font-size=\"{size}\">{words}</text>"
     );
+}
+
+/// 0.05, 2, 100: no more digits than needed.
+fn number_text(value: f64) -> String {
+    let text = format!("{value:.4}");
+    text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }
 
 fn bytes_text(bytes: f64) -> String {
