@@ -62,6 +62,34 @@ pub enum KernelError {
         /// The number.
         value: f64,
     },
+    /// Spans of several dtypes, where all must have one.
+    #[error(
+        "{op}: one span has {first} elements and another {other}; all spans of one {op} have one dtype"
+    )]
+    Mixed {
+        /// The verb that was called.
+        op: &'static str,
+        /// Dtype of the first source.
+        first: Dtype,
+        /// The dtype that differs.
+        other: Dtype,
+    },
+    /// Nothing to fold.
+    #[error("{op}: there are no sources; pass at least one span")]
+    NoSource {
+        /// The verb that was called.
+        op: &'static str,
+    },
+    /// More or fewer factors than sources.
+    #[error("{op}: {factors} factors for {sources} sources; pass one for each source, or none")]
+    Factors {
+        /// The verb that was called.
+        op: &'static str,
+        /// How many sources were passed.
+        sources: usize,
+        /// How many factors were passed.
+        factors: usize,
+    },
     /// Division by nothing.
     #[error("divide: the divisor is 0; divide by the number of contributions, which is at least 1")]
     DivideByZero,

@@ -18,9 +18,26 @@ pub enum Fold {
     Min,
     /// The larger; NaN wins, -0 is below +0; "or" for bool.
     Max,
+    /// Bitwise "and"; logical for bool; not for floats.
+    And,
+    /// Bitwise "or"; logical for bool; not for floats.
+    Or,
+    /// Bitwise "exclusive or"; logical for bool; not for floats.
+    Xor,
 }
 
 impl Fold {
+    /// Every fold.
+    pub const ALL: [Fold; 7] = [
+        Fold::Sum,
+        Fold::Prod,
+        Fold::Min,
+        Fold::Max,
+        Fold::And,
+        Fold::Or,
+        Fold::Xor,
+    ];
+
     /// The short lower-case name.
     pub const fn name(self) -> &'static str {
         match self {
@@ -28,7 +45,29 @@ impl Fold {
             Fold::Prod => "prod",
             Fold::Min => "min",
             Fold::Max => "max",
+            Fold::And => "band",
+            Fold::Or => "bor",
+            Fold::Xor => "bxor",
         }
+    }
+
+    /// Elements of this dtype can be folded so: bits are not a float's arithmetic, and flags are neither added nor
+    /// multiplied.
+    pub const fn takes(self, dtype: Dtype) -> bool {
+        match self {
+            Fold::Sum | Fold::Prod => !matches!(dtype, Dtype::Bool),
+            Fold::Min | Fold::Max => true,
+            Fold::And | Fold::Or | Fold::Xor => !dtype.is_float(),
+        }
+    }
+
+    /// Refuses a dtype that this fold does not take.
+    pub(crate) fn check(self, dtype: Dtype) -> Result<(), KernelError> {
+        if self.takes(dtype) {
+            return Ok(());
+        }
+        let op = self.name();
+        Err(KernelError::Unsupported { op, dtype })
     }
 }
 
@@ -45,6 +84,7 @@ pub fn fold(op: Fold, into: SpanMut<'_>, with: Span<'_>) -> Result<(), KernelErr
     same_length("fold", into.len(), with.len())?;
     let (target, source) = (into.dtype(), with.dtype());
     if target.is_float() {
+        op.check(target)?;
         return with_float_pair!(
             target, source,
             |B, A, C| { simd::fold_floats::<B, A, C>(op, into, with); Ok(()) },
@@ -57,19 +97,11 @@ pub fn fold(op: Fold, into: SpanMut<'_>, with: Span<'_>) -> Result<(), KernelErr
             into: target,
         });
     }
-    match (target, op) {
-        (Dtype::Bool, Fold::Sum | Fold::Prod) => Err(KernelError::Unsupported {
-            op: op.name(),
-            dtype: target,
-        }),
-        (Dtype::Bool, Fold::Min | Fold::Max) => {
-            simd::fold_bools(op, into, with);
-            Ok(())
-        }
-        _ => with_integer!(
-            target,
-            |T| { simd::fold_integers::<T>(op, into, with); Ok(()) },
-            else Err(KernelError::Unsupported { op: op.name(), dtype: target })
-        ),
-    }
+    op.check(target)?;
+    with_integer!(
+        target,
+        |T| simd::fold_integers::<T>(op, into, with),
+        else simd::fold_bools(op, into, with)
+    );
+    Ok(())
 }

@@ -33,6 +33,7 @@
 mod dispatch;
 
 mod cast;
+mod combine;
 mod dtype;
 mod error;
 mod exact;
@@ -49,6 +50,7 @@ mod span;
 mod tests;
 
 pub use cast::{cast, cast_scaled, divide, scale};
+pub use combine::{Finish, Store, combine};
 pub use dtype::{Bool, Dtype, Element, F8E4M3, F8E5M2, Memory};
 pub use error::KernelError;
 pub use exact::SquareBins;

@@ -40,7 +40,7 @@ impl Link {
             let mut slab = comm.alloc(Dtype::F32, elems)?;
             let call = Call::new(Op::AllReduce(ReduceOp::Max)).blocking();
             let once = |comm: &mut dyn Communicator, slab: Slab| {
-                let work = comm.submit(call, Data::InPlace(slab))?;
+                let work = comm.submit(call.clone(), Data::InPlace(slab))?;
                 Ok::<_, Error>(work.wait()?.into_output())
             };
             slab = once(comm, slab)?; // the first of a size sets things up

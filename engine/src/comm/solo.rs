@@ -109,6 +109,20 @@ fn alone(call: &Call, data: Data) -> Result<Data> {
                 .map_err(error())?;
             Ok(Data::InPlace(into))
         }
+        (Data::Many(mut slabs), Some(ReduceOp::PreMulSum(factor))) => {
+            for slab in &mut slabs {
+                let all = 0..slab.numel();
+                if slab.dtype().is_float() {
+                    kernels::scale(slab.part_mut(all), factor).map_err(error())?;
+                } else {
+                    let from = slab.part(all.clone());
+                    let mut into = Slab::zeroed(slab.dtype(), slab.numel());
+                    kernels::cast_scaled(from, into.part_mut(all), factor).map_err(error())?;
+                    *slab = into;
+                }
+            }
+            Ok(Data::Many(slabs))
+        }
         (Data::Out { from, mut into }, reduce) if call.op != Op::Barrier => {
             let all = 0..into.numel();
             let (source, target) = (from.part(all.clone()), into.part_mut(all));

@@ -40,11 +40,12 @@ impl WireKind {
     }
 }
 
-/// One line of the table: up to so many ranks and so many bytes, this algorithm.
+/// One line of the table: up to so many ranks and so many bytes, this algorithm. Those of shared memory stand in rows of
+/// that wire, and the others in all others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Row {
-    /// The collective; a broadcast's root does not matter and is 0 here.
-    pub kind: Kind,
+    /// The collective, or any; a root does not matter and is 0 here.
+    pub kind: Option<Kind>,
     /// The wire, or any.
     pub wire: Option<WireKind>,
     /// The largest world, or any.
@@ -55,7 +56,8 @@ pub struct Row {
     pub algorithm: Algorithm,
 }
 
-/// The table. The first row that fits decides; where none does it is [`Algorithm::Direct`], which does every kind.
+/// The table. The first row that fits decides; where none does it is [`Algorithm::Direct`], which does
+/// every kind.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tuning {
     /// From the most particular to the most general.
@@ -65,6 +67,8 @@ pub struct Tuning {
 /// What ships. Crossovers follow the α-β model with α of some 7 µs and 3 GB/s (TCP on one host): doubling's log2 n
 /// rounds pay up to some 20 KiB, and n-1 messages at once are cheap up to 16 ranks.
 const DEFAULTS: &str = "\
+* shm * 16384 post
+* shm * * load
 all_reduce * * 16384 doubling
 all_reduce * 16 262144 direct
 all_reduce * * * halving
@@ -74,6 +78,13 @@ all_gather * * 65536 direct
 all_gather * * * ring
 broadcast * * 65536 tree
 broadcast * * * ring
+reduce * * 65536 tree
+reduce * * * halving
+gather * * * direct
+scatter * * * direct
+all_to_all * 16 * direct
+all_to_all * * 65536 direct
+all_to_all * * * ring
 barrier * * * doubling
 ";
 
@@ -87,7 +98,7 @@ impl Tuning {
     /// The algorithm for this kind over `world` ranks; `bytes` is the full vector's length.
     pub fn choose(&self, kind: &Kind, world: usize, bytes: usize, wire: WireKind) -> Algorithm {
         let fits = |row: &&Row| {
-            row.kind.name() == kind.name()
+            row.kind.is_none_or(|only| only.name() == kind.name())
                 && row.wire.is_none_or(|only| only == wire)
                 && row.most_ranks.is_none_or(|most| world <= most)
                 && row.most_bytes.is_none_or(|most| bytes <= most)
@@ -111,7 +122,8 @@ impl Tuning {
             writeln!(
                 text,
                 "{} {wire} {ranks} {bytes} {}",
-                row.kind, row.algorithm
+                row.kind.map_or("*", Kind::name),
+                row.algorithm
             )
             .expect("a String takes all");
         }
@@ -161,18 +173,16 @@ impl Row {
                 .map(Some)
                 .map_err(|_| format!("`{word}` is neither a number nor `*`")),
         };
-        let kinds = [
-            Kind::AllReduce,
-            Kind::ReduceScatter,
-            Kind::AllGather,
-            Kind::Broadcast { root: 0 },
-            Kind::Barrier,
-        ];
         let row = Row {
-            kind: *kinds
-                .iter()
-                .find(|known| known.name() == kind)
-                .ok_or(format!("no collective `{kind}`"))?,
+            kind: match kind {
+                "*" => None,
+                _ => Some(
+                    Kind::ALL
+                        .into_iter()
+                        .find(|known| known.name() == kind)
+                        .ok_or(format!("no collective `{kind}`"))?,
+                ),
+            },
             wire: match wire {
                 "*" => None,
                 _ => Some(
@@ -185,8 +195,19 @@ impl Row {
             algorithm: Algorithm::from_name(algorithm)
                 .ok_or(format!("no algorithm `{algorithm}`"))?,
         };
-        if row.algorithm.does(row.kind) {
+        let shares = row.wire == Some(WireKind::Shm);
+        let does = match row.kind {
+            _ if shares => row.algorithm.shares(),
+            Some(kind) => row.algorithm.does(kind),
+            None => Kind::ALL.into_iter().all(|kind| row.algorithm.does(kind)),
+        };
+        if does {
             Ok(row)
+        } else if row.algorithm.shares() != shares {
+            Err(
+                "post and load are how shared memory works: rows of wire shm take these alone"
+                    .into(),
+            )
         } else {
             Err(format!("{algorithm} does not do {kind}"))
         }
@@ -236,6 +257,11 @@ mod tests {
         assert_eq!(choose(Kind::AllGather, 4, 1 << 20), Algorithm::Ring);
         assert_eq!(choose(Kind::Broadcast { root: 3 }, 4, 100), Algorithm::Tree);
         assert_eq!(choose(Kind::Barrier, 1000, 0), Algorithm::Doubling);
+        let shm = |bytes| tuning.choose(&Kind::AllGather, 2, bytes, WireKind::Shm);
+        assert_eq!(
+            (shm(16 << 10), shm(1 << 20)),
+            (Algorithm::Post, Algorithm::Load)
+        );
     }
 
     #[test]
@@ -276,5 +302,8 @@ mod tests {
         assert!(error("all_reduce * many * tree").contains("`many`"));
         assert!(error("all_reduce carrier_pigeon * * tree").contains("`carrier_pigeon`"));
         assert!(error("all_reduce *").contains("2 words"));
+        assert!(error("all_reduce shm * * ring").contains("wire shm take these alone"));
+        assert!(error("* tcp * * load").contains("wire shm"));
+        assert!(error("* tcp * * ring").contains("ring does not do *"));
     }
 }

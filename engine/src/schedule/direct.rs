@@ -93,6 +93,14 @@ pub(super) fn reduce(problem: &Problem, rank: Rank) -> Schedule {
     }
 }
 
+/// Reduce: as a reduce-scatter whose only slice is the root's.
+pub(super) fn reduce_to(problem: &Problem, root: Rank, rank: Rank) -> Schedule {
+    let counts = (0..problem.world).map(|owner| if owner == root { problem.elems() } else { 0 });
+    let counts: Vec<usize> = counts.collect();
+    let only = Problem::with_counts(Kind::ReduceScatter, problem.world, &counts);
+    reduce(&only.with_lifted(problem.lifted), rank)
+}
+
 /// All-gather: one round.
 pub(super) fn all_gather(problem: &Problem, rank: Rank) -> Schedule {
     let slice = problem.slices[rank].clone();
@@ -118,6 +126,79 @@ pub(super) fn broadcast(problem: &Problem, root: Rank, rank: Rank) -> Schedule {
     } else {
         round.recv(root, whole(Region::Output));
     }
+    Schedule {
+        scratch: Vec::new(),
+        rounds: vec![round],
+    }
+}
+
+/// Gather: each sends to the root.
+pub(super) fn gather(problem: &Problem, root: Rank, rank: Rank) -> Schedule {
+    let slice = |of: Rank| problem.slices[of].clone();
+    let own = Loc::one(Region::Input, 0..slice(rank).len());
+    let mut round = Round::default();
+    if rank == root {
+        for peer in peers(problem.world, rank) {
+            round.recv(peer, Loc::one(Region::Output, slice(peer)));
+        }
+        round.copy(own, Loc::one(Region::Output, slice(rank)));
+    } else {
+        round.send(root, own);
+    }
+    once(round)
+}
+
+/// Scatter: the root sends to each.
+pub(super) fn scatter(problem: &Problem, root: Rank, rank: Rank) -> Schedule {
+    let slice = |of: Rank| problem.slices[of].clone();
+    let own = Loc::one(Region::Output, 0..slice(rank).len());
+    let mut round = Round::default();
+    if rank == root {
+        for peer in peers(problem.world, rank) {
+            round.send(peer, Loc::one(Region::Input, slice(peer)));
+        }
+        round.copy(Loc::one(Region::Input, slice(rank)), own);
+    } else {
+        round.recv(root, own);
+    }
+    once(round)
+}
+
+/// All-to-all: all blocks in one round.
+pub(super) fn all_to_all(problem: &Problem, rank: Rank) -> Schedule {
+    let mut round = Round::default();
+    for step in 1..problem.world {
+        turn(problem, rank, step, &mut round);
+    }
+    keep(problem, rank, &mut round);
+    once(round)
+}
+
+/// All-to-all: what a rank sends `step` ranks ahead, and takes from as far behind.
+pub(super) fn turn(problem: &Problem, rank: Rank, step: usize, round: &mut Round) {
+    let world = problem.world;
+    let (to, from) = ((rank + step) % world, (rank + world - step) % world);
+    round.send(to, outgoing(problem, rank, to));
+    round.recv(from, incoming(problem, rank, from));
+}
+
+/// All-to-all: what a rank keeps.
+pub(super) fn keep(problem: &Problem, rank: Rank, round: &mut Round) {
+    round.copy(outgoing(problem, rank, rank), incoming(problem, rank, rank));
+}
+
+fn outgoing(problem: &Problem, rank: Rank, to: Rank) -> Loc {
+    let (block, start) = (problem.block(rank, to), problem.slices[rank].start);
+    Loc::one(Region::Input, block.start - start..block.end - start)
+}
+
+fn incoming(problem: &Problem, rank: Rank, from: Rank) -> Loc {
+    let len = |from| problem.block(from, rank).len();
+    let start = (0..from).map(len).sum();
+    Loc::one(Region::Output, start..start + len(from))
+}
+
+fn once(round: Round) -> Schedule {
     Schedule {
         scratch: Vec::new(),
         rounds: vec![round],

@@ -19,7 +19,8 @@
 //! One owner map (`owners.rs`) says who holds a block's value; direct, halving, tree and doubling are four such maps.
 //!
 //! [Note: in place] The executor may give Input and Output the same memory: for all-reduce and broadcast they are equal,
-//! for reduce-scatter Output is the rank's slice of Input, for all-gather Input is the rank's slice of Output. A schedule
+//! for reduce-scatter (and scatter, at its root) Output is the rank's slice of Input, for all-gather (and gather, at its
+//! root) Input is the rank's slice of Output. An all-to-all has no such form: its blocks would have to trade places. A schedule
 //! is right both ways: no part of Input is read after the matching part of Output was first written.
 #![forbid(unsafe_code)]
 
@@ -38,7 +39,7 @@ mod tree;
 use std::fmt;
 use std::ops::Range;
 
-pub use self::shared::{Ranks, Shared, shared};
+pub use self::shared::{Ranks, Shared, posted, shared};
 
 /// A rank's number within its group, from 0.
 pub type Rank = usize;
@@ -57,11 +58,52 @@ pub enum Kind {
         /// The rank whose input travels.
         root: Rank,
     },
+    /// The root ends with the sum of all inputs.
+    Reduce {
+        /// The rank that gets it.
+        root: Rank,
+    },
+    /// The root ends with all slices, slice r from rank r.
+    Gather {
+        /// The rank that gets them.
+        root: Rank,
+    },
+    /// Rank r ends with slice r of the root's input.
+    Scatter {
+        /// The rank whose input is cut.
+        root: Rank,
+    },
+    /// Rank r ends with block r of every rank's input, in rank order.
+    AllToAll,
     /// No rank leaves before all have entered.
     Barrier,
 }
 
 impl Kind {
+    /// All of them; those with a root have rank 0's.
+    pub const ALL: [Kind; 9] = [
+        Kind::AllReduce,
+        Kind::ReduceScatter,
+        Kind::AllGather,
+        Kind::Broadcast { root: 0 },
+        Kind::Reduce { root: 0 },
+        Kind::Gather { root: 0 },
+        Kind::Scatter { root: 0 },
+        Kind::AllToAll,
+        Kind::Barrier,
+    ];
+
+    /// The root, where there is one.
+    pub fn root(self) -> Option<Rank> {
+        match self {
+            Kind::Broadcast { root }
+            | Kind::Reduce { root }
+            | Kind::Gather { root }
+            | Kind::Scatter { root } => Some(root),
+            _ => None,
+        }
+    }
+
     /// The kind's name without its root, as in tables and messages.
     pub fn name(self) -> &'static str {
         match self {
@@ -69,13 +111,20 @@ impl Kind {
             Kind::ReduceScatter => "reduce_scatter",
             Kind::AllGather => "all_gather",
             Kind::Broadcast { .. } => "broadcast",
+            Kind::Reduce { .. } => "reduce",
+            Kind::Gather { .. } => "gather",
+            Kind::Scatter { .. } => "scatter",
+            Kind::AllToAll => "all_to_all",
             Kind::Barrier => "barrier",
         }
     }
 
     /// Whether values are folded, and not only moved.
     pub fn folds(self) -> bool {
-        matches!(self, Kind::AllReduce | Kind::ReduceScatter)
+        matches!(
+            self,
+            Kind::AllReduce | Kind::ReduceScatter | Kind::Reduce { .. }
+        )
     }
 }
 
@@ -85,7 +134,7 @@ impl fmt::Display for Kind {
     }
 }
 
-/// How a collective is done by messages.
+/// How a collective is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Algorithm {
     /// Everyone to everyone, one round a phase.
@@ -98,16 +147,22 @@ pub enum Algorithm {
     Ring,
     /// Binomial, along the fold order's own tree.
     Tree,
+    /// In shared memory: inputs are copied to where all find them, and ranks meet once.
+    Post,
+    /// In shared memory: inputs are loaded where they lie and results stored where they belong, between two meetings.
+    Load,
 }
 
 impl Algorithm {
     /// All of them.
-    pub const ALL: [Algorithm; 5] = [
+    pub const ALL: [Algorithm; 7] = [
         Algorithm::Direct,
         Algorithm::Doubling,
         Algorithm::Halving,
         Algorithm::Ring,
         Algorithm::Tree,
+        Algorithm::Post,
+        Algorithm::Load,
     ];
 
     /// The name used in tables, variables and messages.
@@ -118,6 +173,8 @@ impl Algorithm {
             Algorithm::Halving => "halving",
             Algorithm::Ring => "ring",
             Algorithm::Tree => "tree",
+            Algorithm::Post => "post",
+            Algorithm::Load => "load",
         }
     }
 
@@ -128,10 +185,18 @@ impl Algorithm {
             .find(|algorithm| algorithm.name() == name)
     }
 
-    /// Whether this algorithm does this kind; the same answer as `messages(..).is_some()`.
+    /// Whether this algorithm is one of shared memory, which does every kind, and not one of messages.
+    pub fn shares(self) -> bool {
+        matches!(self, Algorithm::Post | Algorithm::Load)
+    }
+
+    /// Whether this algorithm does this kind by messages; the same answer as `messages(..).is_some()`.
     pub fn does(self, kind: Kind) -> bool {
+        if self.shares() {
+            return false;
+        }
         match kind {
-            Kind::AllReduce => self != Algorithm::Ring,
+            Kind::AllReduce | Kind::Reduce { .. } => self != Algorithm::Ring,
             Kind::ReduceScatter => matches!(self, Algorithm::Direct | Algorithm::Halving),
             Kind::AllGather => matches!(
                 self,
@@ -140,6 +205,8 @@ impl Algorithm {
             Kind::Broadcast { .. } => {
                 matches!(self, Algorithm::Direct | Algorithm::Tree | Algorithm::Ring)
             }
+            Kind::Gather { .. } | Kind::Scatter { .. } => self == Algorithm::Direct,
+            Kind::AllToAll => matches!(self, Algorithm::Direct | Algorithm::Ring),
             Kind::Barrier => matches!(
                 self,
                 Algorithm::Direct | Algorithm::Doubling | Algorithm::Tree
@@ -161,45 +228,57 @@ pub struct Problem {
     pub kind: Kind,
     /// How many ranks take part; at least one.
     pub world: usize,
-    /// `slices[r]` is rank r's slice of the full vector, in elements; consecutive, covering `0..elems`.
+    /// `slices[r]` is rank r's slice of the full vector, in elements; consecutive, covering `0..elems`. In an all-to-all the
+    /// full vector is all inputs, one after the other, and the slice is rank r's input.
     pub slices: Vec<Range<usize>>,
+    /// Only in an all-to-all: `blocks[from * world + to]` are the elements that one rank has for another.
+    pub blocks: Vec<Range<usize>>,
     /// Leaves are changed before they are folded (premul-sum), so they travel in the accumulator's form.
     pub lifted: bool,
 }
 
 impl Problem {
-    /// Even slices: the first `elems % world` are one longer.
+    /// Even slices: the first `elems % world` are one longer; so with an all-to-all's blocks within each slice.
     pub fn even(kind: Kind, world: usize, elems: usize) -> Problem {
         assert!(world > 0, "a world has at least one rank");
-        let counts: Vec<usize> = (0..world)
-            .map(|rank| elems / world + usize::from(rank < elems % world))
-            .collect();
-        Problem::with_counts(kind, &counts)
+        let cut = |elems: usize| {
+            (0..world).map(move |rank| elems / world + usize::from(rank < elems % world))
+        };
+        let counts: Vec<usize> = match kind {
+            Kind::AllToAll => cut(elems).flat_map(cut).collect(),
+            _ => cut(elems).collect(),
+        };
+        Problem::with_counts(kind, world, &counts)
     }
 
-    /// Rank r's slice has `counts[r]` elements; zeros are welcome.
-    pub fn with_counts(kind: Kind, counts: &[usize]) -> Problem {
-        assert!(!counts.is_empty(), "a world has at least one rank");
-        if let Kind::Broadcast { root } = kind {
-            assert!(
-                root < counts.len(),
-                "root {root} is outside a world of {}",
-                counts.len()
-            );
+    /// Rank r's slice has `counts[r]` elements; in an all-to-all, `counts[from * world + to]` elements go from one rank to
+    /// another. Zeros are welcome.
+    pub fn with_counts(kind: Kind, world: usize, counts: &[usize]) -> Problem {
+        assert!(world > 0, "a world has at least one rank");
+        if let Some(root) = kind.root() {
+            assert!(root < world, "root {root} is outside a world of {world}");
         }
         let mut start = 0;
-        let slices = counts
-            .iter()
-            .map(|count| {
-                let slice = start..start + count;
-                start = slice.end;
-                slice
-            })
-            .collect();
+        let ranges = counts.iter().map(|count| {
+            let range = start..start + count;
+            start = range.end;
+            range
+        });
+        let ranges: Vec<_> = ranges.collect();
+        let (slices, blocks) = if kind == Kind::AllToAll {
+            assert_eq!(counts.len(), world * world, "one count for each pair");
+            let rows = ranges.chunks(world);
+            let rows = rows.map(|row| row[0].start..row[world - 1].end);
+            (rows.collect(), ranges)
+        } else {
+            assert_eq!(counts.len(), world, "one count for each rank");
+            (ranges, Vec::new())
+        };
         Problem {
             kind,
-            world: counts.len(),
+            world,
             slices,
+            blocks,
             lifted: false,
         }
     }
@@ -213,6 +292,57 @@ impl Problem {
     /// The full vector's length.
     pub fn elems(&self) -> usize {
         self.slices.last().map_or(0, |slice| slice.end)
+    }
+
+    /// The part of the full vector that a rank's Input holds.
+    pub fn input(&self, rank: Rank) -> Range<usize> {
+        match self.kind {
+            Kind::AllReduce | Kind::ReduceScatter | Kind::Reduce { .. } => 0..self.elems(),
+            Kind::AllGather | Kind::Gather { .. } | Kind::AllToAll => self.slices[rank].clone(),
+            Kind::Broadcast { root } | Kind::Scatter { root } if rank == root => 0..self.elems(),
+            Kind::Broadcast { .. } | Kind::Scatter { .. } | Kind::Barrier => 0..0,
+        }
+    }
+
+    /// The parts of the full vector that a rank's Output holds, in order: one, but for an all-to-all.
+    pub fn outputs(&self, rank: Rank) -> impl Iterator<Item = Range<usize>> + Clone {
+        let all = 0..self.elems();
+        let one = match self.kind {
+            Kind::AllReduce | Kind::AllGather | Kind::Broadcast { .. } => all,
+            Kind::Reduce { root } | Kind::Gather { root } if rank == root => all,
+            Kind::ReduceScatter | Kind::Scatter { .. } => self.slices[rank].clone(),
+            Kind::Reduce { .. } | Kind::Gather { .. } | Kind::AllToAll | Kind::Barrier => 0..0,
+        };
+        let column = self.blocks.iter().skip(rank).step_by(self.world).cloned();
+        let one = Some(one).filter(|_| self.blocks.is_empty());
+        one.into_iter().chain(column)
+    }
+
+    /// How many elements a rank's Output holds.
+    pub fn output_elems(&self, rank: Rank) -> usize {
+        self.outputs(rank).map(|part| part.len()).sum()
+    }
+
+    /// Where in a rank's Output an element of the full vector is, if it is there.
+    pub fn output_index(&self, rank: Rank, elem: usize) -> Option<usize> {
+        let mut before = 0;
+        for part in self.outputs(rank) {
+            if part.contains(&elem) {
+                return Some(before + elem - part.start);
+            }
+            before += part.len();
+        }
+        None
+    }
+
+    /// Whether Input and Output may share memory.
+    pub fn has_in_place(&self) -> bool {
+        self.kind != Kind::AllToAll
+    }
+
+    /// What goes from one rank to another in an all-to-all.
+    fn block(&self, from: Rank, to: Rank) -> Range<usize> {
+        self.blocks[from * self.world + to].clone()
     }
 }
 
@@ -391,13 +521,20 @@ pub fn messages(algorithm: Algorithm, problem: &Problem, rank: Rank) -> Option<S
     }
     Some(match (problem.kind, algorithm) {
         (Kind::AllReduce | Kind::ReduceScatter, Algorithm::Direct) => direct::reduce(problem, rank),
-        (Kind::AllReduce | Kind::ReduceScatter, _) => reduce::reduce(algorithm, problem, rank),
+        (Kind::Reduce { root }, Algorithm::Direct) => direct::reduce_to(problem, root, rank),
+        (Kind::AllReduce | Kind::ReduceScatter | Kind::Reduce { .. }, _) => {
+            reduce::reduce(algorithm, problem, rank)
+        }
         (Kind::AllGather, Algorithm::Direct) => direct::all_gather(problem, rank),
         (Kind::AllGather, Algorithm::Ring) => ring::all_gather(problem, rank),
         (Kind::AllGather, _) => spread::all_gather(problem, rank),
         (Kind::Broadcast { root }, Algorithm::Direct) => direct::broadcast(problem, root, rank),
         (Kind::Broadcast { root }, Algorithm::Ring) => ring::broadcast(problem, root, rank),
         (Kind::Broadcast { root }, _) => spread::broadcast(problem, root, rank),
+        (Kind::Gather { root }, _) => direct::gather(problem, root, rank),
+        (Kind::Scatter { root }, _) => direct::scatter(problem, root, rank),
+        (Kind::AllToAll, Algorithm::Ring) => ring::all_to_all(problem, rank),
+        (Kind::AllToAll, _) => direct::all_to_all(problem, rank),
         (Kind::Barrier, Algorithm::Direct) => barrier::direct(problem.world, rank),
         (Kind::Barrier, Algorithm::Doubling) => barrier::dissemination(problem.world, rank),
         (Kind::Barrier, _) => barrier::tree(problem.world, rank),

@@ -35,7 +35,7 @@ impl Owners {
             Algorithm::Tree => Owners::First,
             Algorithm::Halving => Owners::Strided,
             Algorithm::Doubling => Owners::Every,
-            Algorithm::Direct | Algorithm::Ring => {
+            Algorithm::Direct | Algorithm::Ring | Algorithm::Post | Algorithm::Load => {
                 unreachable!("{algorithm} does not climb the tree level by level")
             }
         }

@@ -80,6 +80,7 @@ impl SharedPrice {
         let mut price = SharedPrice::default();
         for step in steps {
             match step {
+                Shared::Post => {}
                 Shared::Sync => price.syncs += 1,
                 Shared::LoadFoldStore { ranges, from, into } => {
                     let elems: usize = ranges.iter().map(ExactSizeIterator::len).sum();

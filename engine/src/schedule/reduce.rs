@@ -15,7 +15,7 @@ use super::{Algorithm, Form, Kind, Loc, Problem, Rank, Region, Round, Schedule, 
 /// This rank's sums, and its lifted leaves.
 const ACC: Region = Region::Scratch(0);
 
-/// All-reduce, reduce-scatter.
+/// All-reduce, reduce-scatter, reduce.
 pub(super) fn reduce(algorithm: Algorithm, problem: &Problem, rank: Rank) -> Schedule {
     let owners = Owners::of(algorithm);
     let whole = 0..problem.elems();
@@ -31,6 +31,14 @@ pub(super) fn reduce(algorithm: Algorithm, problem: &Problem, rank: Rank) -> Sch
         lo: 0,
         len: problem.world,
     };
+    if let Kind::Reduce { root } = problem.kind {
+        let mut last = Round::default();
+        let slot = collect(&climb, world, root, &mut last);
+        rounds.push(last);
+        let mut scratch = climb.scratch();
+        scratch.push(slot);
+        return Schedule { scratch, rounds };
+    }
     let held = (0..pieces.len()).filter(|&piece| owners.holds(world, piece, rank));
     let (sums, answers): (Vec<_>, Vec<_>) = held
         .map(|piece| (climb.home(piece), pieces[piece].clone()))
@@ -61,6 +69,42 @@ pub(super) fn reduce(algorithm: Algorithm, problem: &Problem, rank: Rank) -> Sch
     Schedule {
         scratch: climb.scratch(),
         rounds,
+    }
+}
+
+/// Reduce: the sums go from their owners to the root, still partial, since only an Output takes finished ones. The room
+/// in which they arrive there.
+fn collect(climb: &Climb<'_>, world: Block, root: Rank, round: &mut Round) -> Slot {
+    let (owners, rank, elems) = (climb.owners, climb.rank, climb.problem.elems());
+    let owned = |by: Rank| {
+        (0..climb.pieces.len()).filter(move |&piece| match owners {
+            Owners::Every => by == root,
+            _ => owners.owner(world, piece) == by,
+        })
+    };
+    if rank != root {
+        let homes = owned(rank).map(|piece| climb.home(piece));
+        round.send(root, Loc::new(ACC, homes));
+        return Slot {
+            form: Form::Partial,
+            elems: 0,
+        };
+    }
+    const ARRIVED: Region = Region::Scratch(3);
+    for owner in 0..climb.problem.world {
+        let parts = || owned(owner).map(|piece| climb.pieces[piece].clone());
+        let output = Loc::new(Region::Output, parts());
+        if owner == root {
+            let homes = owned(owner).map(|piece| climb.home(piece));
+            round.copy(Loc::new(ACC, homes), output);
+        } else {
+            round.recv(owner, Loc::new(ARRIVED, parts()));
+            round.copy(Loc::new(ARRIVED, parts()), output);
+        }
+    }
+    Slot {
+        form: Form::Partial,
+        elems,
     }
 }
 

@@ -1,9 +1,9 @@
-//! Neighbours only: each rank receives from the one before and sends to the one after. For what does not fold, since a
-//! ring would fold in another order for every slice.
+//! One peer at a time: each rank receives from one and sends to one, neighbours where that is enough. For what does not
+//! fold, since a ring would fold in another order for every slice.
 
 use std::ops::Range;
 
-use super::{Loc, Problem, Rank, Region, Round, Schedule};
+use super::{Loc, Problem, Rank, Region, Round, Schedule, direct};
 
 /// All-gather in n-1 rounds: slice r travels once around. (n-1)/n of the vector sent by each rank, the least possible
 /// (Patarasuk and Yuan 2009).
@@ -35,6 +35,23 @@ pub(super) fn all_gather(problem: &Problem, rank: Rank) -> Schedule {
     Schedule {
         scratch: Vec::new(),
         rounds,
+    }
+}
+
+/// All-to-all in n-1 rounds, in each of which every rank sends to one and receives from one (the pairwise exchange of
+/// Thakur, Rabenseifner and Gropp 2005): nobody is sent to by many at once.
+pub(super) fn all_to_all(problem: &Problem, rank: Rank) -> Schedule {
+    let round = |step| {
+        let mut round = Round::default();
+        direct::turn(problem, rank, step, &mut round);
+        if step == 1 {
+            direct::keep(problem, rank, &mut round);
+        }
+        round
+    };
+    Schedule {
+        scratch: Vec::new(),
+        rounds: (1..problem.world).map(round).collect(),
     }
 }
 

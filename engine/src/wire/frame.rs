@@ -18,15 +18,25 @@ pub enum OpCode {
     AllGather = 3,
     Broadcast = 4,
     Barrier = 5,
+    Reduce = 6,
+    Gather = 7,
+    Scatter = 8,
+    AllToAll = 9,
+    SendRecv = 10,
 }
 
 impl OpCode {
-    const ALL: [Self; 5] = [
+    const ALL: [Self; 10] = [
         Self::AllReduce,
         Self::ReduceScatter,
         Self::AllGather,
         Self::Broadcast,
         Self::Barrier,
+        Self::Reduce,
+        Self::Gather,
+        Self::Scatter,
+        Self::AllToAll,
+        Self::SendRecv,
     ];
 
     /// "all_reduce", ...
@@ -37,6 +47,11 @@ impl OpCode {
             Self::AllGather => "all_gather",
             Self::Broadcast => "broadcast",
             Self::Barrier => "barrier",
+            Self::Reduce => "reduce",
+            Self::Gather => "gather",
+            Self::Scatter => "scatter",
+            Self::AllToAll => "all_to_all",
+            Self::SendRecv => "send_recv",
         }
     }
 }
@@ -53,10 +68,13 @@ pub enum ReduceCode {
     Min = 4,
     Max = 5,
     PreMulSum = 6,
+    BitAnd = 7,
+    BitOr = 8,
+    BitXor = 9,
 }
 
 impl ReduceCode {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 10] = [
         Self::None,
         Self::Sum,
         Self::Avg,
@@ -64,6 +82,9 @@ impl ReduceCode {
         Self::Min,
         Self::Max,
         Self::PreMulSum,
+        Self::BitAnd,
+        Self::BitOr,
+        Self::BitXor,
     ];
 
     /// "sum", "avg", ...
@@ -76,6 +97,9 @@ impl ReduceCode {
             Self::Min => "min",
             Self::Max => "max",
             Self::PreMulSum => "premul_sum",
+            Self::BitAnd => "band",
+            Self::BitOr => "bor",
+            Self::BitXor => "bxor",
         }
     }
 }
@@ -110,7 +134,7 @@ impl Label {
 
     fn from_code(code: u64) -> Self {
         let index = code as u32;
-        match code >> 32 {
+        match code >> 32 & 0xff {
             1 => Self::Bucket(index),
             2 => Self::Control(index),
             3 => Self::Params(index),
@@ -149,11 +173,16 @@ pub struct Stamp {
     pub numel: u64,
     /// What for.
     pub label: Label,
+    /// A fingerprint of uneven slices, in 24 bits; 0 where all are alike.
+    pub cut: u32,
 }
 
 impl std::fmt::Display for Stamp {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "#{} {}", self.sequence, self.op.name())?;
+        if self.op != OpCode::SendRecv {
+            write!(f, "#{} ", self.sequence)?; // only what all ranks do is numbered
+        }
+        f.write_str(self.op.name())?;
         if self.op == OpCode::Barrier {
             return Ok(());
         }
@@ -161,8 +190,14 @@ impl std::fmt::Display for Stamp {
         if self.reduce != ReduceCode::None {
             write!(f, "{}, ", self.reduce.name())?;
         }
-        if self.op == OpCode::Broadcast {
-            write!(f, "from rank {}, ", self.root)?;
+        match self.op {
+            OpCode::Broadcast | OpCode::Scatter => write!(f, "from rank {}, ", self.root)?,
+            OpCode::Reduce | OpCode::Gather => write!(f, "to rank {}, ", self.root)?,
+            OpCode::SendRecv => return write!(f, "{})", self.dtype),
+            _ => {}
+        }
+        if self.cut != 0 {
+            write!(f, "slices {:06x}, ", self.cut)?;
         }
         write!(f, "{} x {})", self.numel, self.dtype)
     }
@@ -191,7 +226,8 @@ impl Header {
         out[18] = self.stamp.dtype.code();
         out[20..24].copy_from_slice(&self.stamp.root.to_le_bytes());
         out[24..32].copy_from_slice(&self.stamp.numel.to_le_bytes());
-        out[32..40].copy_from_slice(&self.stamp.label.code().to_le_bytes());
+        let label = self.stamp.label.code() | u64::from(self.stamp.cut) << 40;
+        out[32..40].copy_from_slice(&label.to_le_bytes());
         out[40..48].copy_from_slice(&self.bytes.to_le_bytes());
         out
     }
@@ -215,6 +251,7 @@ impl Header {
             root: u32_at(20),
             numel: u64_at(24),
             label: Label::from_code(u64_at(32)),
+            cut: (u64_at(32) >> 40) as u32,
         };
         Some(Self {
             stamp,
@@ -238,6 +275,7 @@ mod tests {
             root: 0,
             numel: 1000,
             label: Label::Bucket(3),
+            cut: 0,
         }
     }
 

@@ -9,7 +9,7 @@ use std::{
     },
 };
 
-use super::frame::Stamp;
+use super::frame::{OpCode, Stamp};
 use crate::error::{Error, PeerLost};
 
 const REMEMBERED: usize = 64; // operations whose description is kept
@@ -57,11 +57,14 @@ impl Ledger {
     /// This rank enters an operation.
     pub fn enter(&self, stamp: Stamp) {
         let mut recent = self.recent();
+        recent.current = Some(stamp);
+        if stamp.op == OpCode::SendRecv {
+            return; // it has no number
+        }
         if recent.stamps.len() == REMEMBERED {
             recent.stamps.pop_front();
         }
         recent.stamps.push_back(stamp);
-        recent.current = Some(stamp);
     }
 
     /// This rank's operation is complete.
@@ -122,7 +125,7 @@ impl Ledger {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wire::frame::{Label, OpCode, ReduceCode};
+    use crate::wire::frame::{Label, ReduceCode};
     use fabric_kernels::Dtype;
 
     #[test]
@@ -136,6 +139,7 @@ mod tests {
             root: 0,
             numel: 8,
             label: Label::Bucket(sequence as u32),
+            cut: 0,
         };
         ledger.enter(stamp(4));
         ledger.saw(2, 4);

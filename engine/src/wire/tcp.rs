@@ -13,7 +13,7 @@ use rustix::event::{PollFd, PollFlags};
 
 use super::{
     Parcel, Sent, Traffic, Vigil, Wire,
-    frame::{HEADER_BYTES, Header, Stamp},
+    frame::{HEADER_BYTES, Header, OpCode, Stamp},
     waiting::Waiting,
 };
 use crate::{
@@ -360,7 +360,9 @@ impl Receiving {
                 .ledger
                 .lost(peer, "it sent bytes that are no frame of this protocol"));
         };
-        context.vigil.ledger.saw(peer, header.stamp.sequence);
+        if header.stamp.op != OpCode::SendRecv {
+            context.vigil.ledger.saw(peer, header.stamp.sequence); // messages have no number
+        }
         let fits = header.stamp == *context.stamp && header.round == context.round;
         if fits && header.bytes == self.expected as u64 {
             return Ok(());

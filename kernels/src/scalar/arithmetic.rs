@@ -31,6 +31,7 @@ pub fn fold<B: Float, A: Float>(op: Fold, into: B, with: A) -> B {
         // Choosing rounds nothing, so it needs no accumulator.
         Fold::Min => smaller(a, b),
         Fold::Max => -smaller(-a, -b),
+        Fold::And | Fold::Or | Fold::Xor => panic!("floats have no {op}"),
     };
     B::encode(result)
 }

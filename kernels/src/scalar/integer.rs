@@ -35,6 +35,9 @@ pub fn fold_integer<T: Integer>(op: Fold, into: T, with: T) -> T {
         Fold::Prod => a.wrapping_mul(b),
         Fold::Min => a.min(b),
         Fold::Max => a.max(b),
+        Fold::And => a & b,
+        Fold::Or => a | b,
+        Fold::Xor => a ^ b,
     })
 }
 
@@ -48,11 +51,12 @@ pub fn divide<T: Integer>(from: T, by: u64) -> T {
     T::wrap(from.widen() / i128::from(by))
 }
 
-/// "And" for min, "or" for max; bool has no other fold.
+/// Logic; min is "and", max is "or". Flags are neither added nor multiplied.
 pub fn fold_bool(op: Fold, into: Bool, with: Bool) -> Bool {
     match op {
-        Fold::Min => Bool::from(into.get() && with.get()),
-        Fold::Max => Bool::from(into.get() || with.get()),
+        Fold::Min | Fold::And => Bool::from(into.get() && with.get()),
+        Fold::Max | Fold::Or => Bool::from(into.get() || with.get()),
+        Fold::Xor => Bool::from(into.get() != with.get()),
         Fold::Sum | Fold::Prod => panic!("bool has no {op}"),
     }
 }

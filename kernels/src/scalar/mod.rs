@@ -3,12 +3,14 @@
 //! Nothing here is quick. The kernels in `simd` are held to these functions bit for bit (any NaN equals any NaN).
 
 mod arithmetic;
+mod combine;
 mod exact;
 mod float;
 mod integer;
 mod optim;
 
 pub use arithmetic::{cast, cast_scaled, clamp, fold, sum_squares};
+pub use combine::{combine, combine_bool, combine_integer};
 pub use exact::square_words;
 pub use float::Float;
 pub use integer::{Integer, divide, fold_bool, fold_integer, multiply};

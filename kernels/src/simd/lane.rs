@@ -8,8 +8,8 @@ mod ops;
 mod small;
 
 pub(crate) use int::Int;
-pub(super) use int::{And, Divide, IntLarger, IntPlus, IntSmaller, IntTimes, Multiply, Or};
-pub(super) use ops::{Clamp, Convert, Larger, Plus, Scale, Smaller, Times};
+pub(super) use int::{And, Divide, IntLarger, IntPlus, IntSmaller, IntTimes, Multiply, Or, Xor};
+pub(super) use ops::{Clamp, Convert, Larger, Plus, Same, Scale, Smaller, Times};
 
 use std::ops::{Add, Div, Mul, Neg, Sub};
 

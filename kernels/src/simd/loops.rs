@@ -51,13 +51,13 @@ impl<A: Element, F: Unary<A, A>> Kernel for MapInPlace<'_, A, F> {
 }
 
 /// `into[i] = each(into[i], with[i])`
-pub(super) struct Combine<'a, B, A, F> {
+pub(super) struct Zip<'a, B, A, F> {
     pub(super) into: Writer<'a, B>,
     pub(super) with: Reader<'a, A>,
     pub(super) each: F,
 }
 
-impl<B: Element, A: Element, F: Binary<B, A>> Kernel for Combine<'_, B, A, F> {
+impl<B: Element, A: Element, F: Binary<B, A>> Kernel for Zip<'_, B, A, F> {
     type Out = ();
 
     #[inline(always)]

@@ -4,28 +4,38 @@
 //! [`launch`] inlines it into a function that may use AVX-512 or AVX2, or into none. The compiler vectorises; there
 //! are no intrinsics, and as Rust never contracts a multiplication with an addition, all variants agree bit for bit.
 
+mod join;
 mod lane;
 mod loops;
 mod optim;
 mod raw;
+mod scratch;
 mod squares;
+mod stream;
 
 use std::marker::PhantomData;
+use std::sync::OnceLock;
 
 pub(crate) use lane::{Acc, Int, Lane};
 pub(crate) use optim::{Spans, update};
-#[cfg(test)]
-pub(crate) use raw::away;
 pub(crate) use raw::copy;
+#[cfg(test)]
+pub(crate) use raw::{away, twin};
+pub(crate) use scratch::{BLOCK_BYTES, LEVELS, Scratch};
 pub(crate) use squares::add_squares;
+use stream::Line;
+pub(crate) use stream::{settle, store, to_line};
 
+use crate::combine::Store;
 use crate::dtype::{Bool, Element};
 use crate::fold::Fold;
 use crate::norm::SumSquares;
 use crate::span::{Span, SpanMut};
-use lane::{And, Clamp, Convert, Divide, Larger, Multiply, Or, Plus, Scale, Smaller, Times};
-use loops::{Combine, Fill, Map, MapInPlace, Norm};
-use raw::{Reader, Writer};
+use join::Join;
+use lane::{And, Binary, IntLarger, IntPlus, IntSmaller, IntTimes, Or, Xor};
+use lane::{Clamp, Convert, Divide, Larger, Multiply, Plus, Same, Scale, Smaller, Times};
+use loops::{Fill, Map, MapInPlace, Norm, Zip};
+use raw::{Reader, Writer, Writers};
 
 pub(crate) fn cast<A: Lane, B: Lane, C: Acc>(from: Span<'_>, into: SpanMut<'_>) {
     let each = Convert::<C>(PhantomData);
@@ -65,73 +75,214 @@ pub(crate) fn divide<T: Int>(from: Span<'_>, into: SpanMut<'_>, by: u64) {
     });
 }
 
+/// Runs `body` with `each` as what a fold does with two floats.
+macro_rules! with_float_fold {
+    ($op:expr, $C:ty, |$each:ident| $body:expr) => {
+        match $op {
+            Fold::Sum => {
+                let $each = Plus::<$C>(PhantomData);
+                $body
+            }
+            Fold::Prod => {
+                let $each = Times::<$C>(PhantomData);
+                $body
+            }
+            Fold::Min => {
+                let $each = Smaller::<$C>(PhantomData);
+                $body
+            }
+            Fold::Max => {
+                let $each = Larger::<$C>(PhantomData);
+                $body
+            }
+            op @ (Fold::And | Fold::Or | Fold::Xor) => {
+                unreachable!("floats have no {op}; the caller refuses it")
+            }
+        }
+    };
+}
+
+/// Runs `body` with `each` as what a fold does with two integers.
+macro_rules! with_int_fold {
+    ($op:expr, |$each:ident| $body:expr) => {
+        match $op {
+            Fold::Sum => {
+                let $each = IntPlus;
+                $body
+            }
+            Fold::Prod => {
+                let $each = IntTimes;
+                $body
+            }
+            Fold::Min => {
+                let $each = IntSmaller;
+                $body
+            }
+            Fold::Max => {
+                let $each = IntLarger;
+                $body
+            }
+            Fold::And => {
+                let $each = And;
+                $body
+            }
+            Fold::Or => {
+                let $each = Or;
+                $body
+            }
+            Fold::Xor => {
+                let $each = Xor;
+                $body
+            }
+        }
+    };
+}
+
+/// Runs `body` with `each` as what a fold does with two bools.
+macro_rules! with_bool_fold {
+    ($op:expr, |$each:ident| $body:expr) => {
+        match $op {
+            Fold::Min | Fold::And => {
+                let $each = And;
+                $body
+            }
+            Fold::Max | Fold::Or => {
+                let $each = Or;
+                $body
+            }
+            Fold::Xor => {
+                let $each = Xor;
+                $body
+            }
+            op @ (Fold::Sum | Fold::Prod) => {
+                unreachable!("bool has no {op}; the caller refuses it")
+            }
+        }
+    };
+}
+
+pub(crate) fn divide_in_place<T: Int>(x: SpanMut<'_>, by: u64) {
+    launch(MapInPlace {
+        x: Writer::<T>::of(x),
+        each: Divide::<T>::by(by),
+    });
+}
+
 pub(crate) fn fold_floats<B: Lane, A: Lane, C: Acc>(op: Fold, into: SpanMut<'_>, with: Span<'_>) {
     let (into, with) = (Writer::<B>::of(into), Reader::<A>::of(with));
-    match op {
-        Fold::Sum => launch(Combine {
-            into,
-            with,
-            each: Plus::<C>(PhantomData),
-        }),
-        Fold::Prod => launch(Combine {
-            into,
-            with,
-            each: Times::<C>(PhantomData),
-        }),
-        Fold::Min => launch(Combine {
-            into,
-            with,
-            each: Smaller::<C>(PhantomData),
-        }),
-        Fold::Max => launch(Combine {
-            into,
-            with,
-            each: Larger::<C>(PhantomData),
-        }),
-    }
+    with_float_fold!(op, C, |each| launch(Zip { into, with, each }))
 }
 
 pub(crate) fn fold_integers<T: Int>(op: Fold, into: SpanMut<'_>, with: Span<'_>) {
     let (into, with) = (Writer::<T>::of(into), Reader::<T>::of(with));
+    with_int_fold!(op, |each| launch(Zip { into, with, each }))
+}
+
+/// The caller has refused sums and products.
+pub(crate) fn fold_bools(op: Fold, into: SpanMut<'_>, with: Span<'_>) {
+    let (into, with) = (Writer::<Bool>::of(into), Reader::<Bool>::of(with));
+    with_bool_fold!(op, |each| launch(Zip { into, with, each }))
+}
+
+/// `targets[t][i] = factor * fold over j of from[j][i]`, in C. False if the targets' lines do not begin together, as
+/// streaming in step asks: then nothing was done.
+pub(crate) fn join_floats<A: Lane, B: Lane, C: Acc, const N: usize>(
+    op: Fold,
+    from: [Span<'_>; N],
+    factor: f64,
+    into: &mut [SpanMut<'_>],
+    store: Store,
+) -> bool {
+    let from = from.map(Reader::<A>::of);
+    let into = Writers::<B>::of(into);
+    let Some(lead) = lead(&into, store) else {
+        return false;
+    };
+    let (lift, end) = (Convert::<C>(PhantomData), Scale(C::narrow(factor)));
+    let partial = PhantomData::<C>;
+    with_float_fold!(op, C, |each| launch_streamer(Join {
+        from,
+        into,
+        lift,
+        each,
+        end,
+        partial,
+        lead
+    }));
+    true
+}
+
+/// The folds of integers that depend on their sign; as `join_floats`.
+pub(crate) fn join_ordered<T: Int, const N: usize>(
+    op: Fold,
+    from: [Span<'_>; N],
+    into: &mut [SpanMut<'_>],
+    store: Store,
+) -> bool {
+    let from = from.map(Reader::<T>::of);
     match op {
-        Fold::Sum => launch(Combine {
-            into,
-            with,
-            each: lane::IntPlus,
-        }),
-        Fold::Prod => launch(Combine {
-            into,
-            with,
-            each: lane::IntTimes,
-        }),
-        Fold::Min => launch(Combine {
-            into,
-            with,
-            each: lane::IntSmaller,
-        }),
-        Fold::Max => launch(Combine {
-            into,
-            with,
-            each: lane::IntLarger,
-        }),
+        Fold::Min => join_same(from, into, IntSmaller, store),
+        Fold::Max => join_same(from, into, IntLarger, store),
+        _ => unreachable!("{op} is for `join_bits`"),
     }
 }
 
-/// Min is "and", max is "or"; the caller has refused the others.
-pub(crate) fn fold_bools(op: Fold, into: SpanMut<'_>, with: Span<'_>) {
-    let (into, with) = (Writer::<Bool>::of(into), Reader::<Bool>::of(with));
+/// The folds of integers that depend on their size only; as `join_floats`.
+pub(crate) fn join_bits<T: Int, const N: usize>(
+    op: Fold,
+    from: [Span<'_>; N],
+    into: &mut [SpanMut<'_>],
+    store: Store,
+) -> bool {
+    let from = from.map(Reader::<T>::bits_of);
     match op {
-        Fold::Min => launch(Combine {
-            into,
-            with,
-            each: And,
-        }),
-        Fold::Max => launch(Combine {
-            into,
-            with,
-            each: Or,
-        }),
-        Fold::Sum | Fold::Prod => unreachable!("bool has no {op}; the caller refuses it"),
+        Fold::Sum => join_same(from, into, IntPlus, store),
+        Fold::Prod => join_same(from, into, IntTimes, store),
+        Fold::And => join_same(from, into, And, store),
+        Fold::Or => join_same(from, into, Or, store),
+        Fold::Xor => join_same(from, into, Xor, store),
+        Fold::Min | Fold::Max => unreachable!("{op} is for `join_ordered`"),
+    }
+}
+
+/// The caller has refused sums and products; as `join_floats`.
+pub(crate) fn join_bools<const N: usize>(
+    op: Fold,
+    from: [Span<'_>; N],
+    into: &mut [SpanMut<'_>],
+    store: Store,
+) -> bool {
+    let from = from.map(Reader::<Bool>::of);
+    with_bool_fold!(op, |each| join_same(from, into, each, store))
+}
+
+fn join_same<T: Element, const N: usize>(
+    from: [Reader<'_, T>; N],
+    into: &mut [SpanMut<'_>],
+    each: impl Binary<T, T>,
+    store: Store,
+) -> bool {
+    let into = Writers::<T>::of(into);
+    let Some(lead) = lead(&into, store) else {
+        return false;
+    };
+    launch_streamer(Join {
+        from,
+        into,
+        lift: Same,
+        each,
+        end: Same,
+        partial: PhantomData::<T>,
+        lead,
+    });
+    true
+}
+
+/// What [`Join`] needs to know; none if it cannot be done.
+fn lead<T: Element>(into: &Writers<'_, '_, T>, store: Store) -> Option<Option<usize>> {
+    match store {
+        Store::Cached => Some(None),
+        Store::Streaming => into.lead().map(Some),
     }
 }
 
@@ -163,6 +314,23 @@ trait Kernel {
     fn run(self) -> Self::Out;
 }
 
+/// As [`Kernel`], of work that may store past the caches, by vectors as wide as the instruction set has.
+trait Streamer {
+    fn run<L: Line>(self);
+}
+
+/// A streamer that knows its vectors.
+struct With<K, L>(K, PhantomData<L>);
+
+impl<K: Streamer, L: Line> Kernel for With<K, L> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run(self) {
+        self.0.run::<L>();
+    }
+}
+
 /// An instruction set that kernels are compiled for, from poor to rich.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Isa {
@@ -174,9 +342,14 @@ pub(crate) enum Isa {
 }
 
 impl Isa {
-    /// The richest that this processor has. The standard library asks the processor once and remembers.
+    /// The richest that this processor has, found once.
     #[inline]
     fn best() -> Isa {
+        static BEST: OnceLock<Isa> = OnceLock::new();
+        *BEST.get_or_init(Isa::find)
+    }
+
+    fn find() -> Isa {
         #[cfg(target_arch = "x86_64")]
         {
             if Isa::Avx512.is_here() {
@@ -223,6 +396,23 @@ fn launch<K: Kernel>(kernel: K) -> K::Out {
             // SAFETY: the processor has all five features: `chosen` returns only sets for which `is_here`. A breach
             // is an illegal instruction in the first equality test.
             unsafe { run_avx512(kernel) }
+        }
+    }
+}
+
+/// As [`launch`], with the vectors that belong to the instruction set.
+fn launch_streamer<K: Streamer>(kernel: K) {
+    match chosen() {
+        Isa::Portable => With(kernel, PhantomData::<stream::Portable>).run(),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => {
+            // SAFETY: as in `launch`.
+            unsafe { run_avx2(With(kernel, PhantomData::<stream::Avx>)) }
+        }
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => {
+            // SAFETY: as in `launch`.
+            unsafe { run_avx512(With(kernel, PhantomData::<stream::Avx512>)) }
         }
     }
 }

@@ -1,8 +1,10 @@
 //! The door: where bare addresses become spans, and spans become typed elements.
 
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 use std::ptr;
 
+use super::stream::{LINE_BYTES, Line};
 use crate::dtype::{Dtype, Element, Memory};
 use crate::span::{Span, SpanMut};
 
@@ -12,7 +14,8 @@ impl<'a> Span<'a> {
     /// # Safety
     ///
     /// For the whole of `'a`, `ptr` must be valid for reads of `len * dtype.size()` bytes, initialised, in `memory`;
-    /// and while a kernel runs over the span, nobody may write them. Between kernels others may.
+    /// and while a kernel runs over the span, nobody may write them, but [`combine`](crate::combine) itself where a
+    /// target lies exactly over this source. Between kernels others may.
     pub unsafe fn from_raw(ptr: *const u8, dtype: Dtype, len: usize, memory: Memory) -> Span<'a> {
         assert_aligned(ptr, dtype);
         Span {
@@ -31,8 +34,9 @@ impl<'a> SpanMut<'a> {
     /// # Safety
     ///
     /// For the whole of `'a`, `ptr` must be valid for reads and writes of `len * dtype.size()` bytes, initialised, in
-    /// `memory`; no other span of this process may lie over them; and while a kernel runs over the span, nobody else
-    /// may read or write them. Between kernels others may.
+    /// `memory`; no other span of this process may lie over them, but a source of [`combine`](crate::combine) that starts
+    /// and ends where this span does; and while a kernel runs over the span, nobody else may read or write them. Between
+    /// kernels others may.
     pub unsafe fn from_raw(ptr: *mut u8, dtype: Dtype, len: usize, memory: Memory) -> SpanMut<'a> {
         assert_aligned(ptr, dtype);
         SpanMut {
@@ -80,8 +84,21 @@ pub(super) struct Reader<'a, T> {
 }
 
 impl<'a, T: Element> Reader<'a, T> {
+    #[inline(always)]
     pub(super) fn of(span: Span<'a>) -> Self {
         assert_eq!(span.dtype, T::DTYPE);
+        assert_eq!(span.memory, Memory::Host);
+        Reader {
+            ptr: span.ptr.cast(),
+            len: span.len,
+            lifetime: PhantomData,
+        }
+    }
+
+    /// The bits of any dtype of the size of `T`.
+    #[inline(always)]
+    pub(super) fn bits_of(span: Span<'a>) -> Self {
+        assert_eq!(span.dtype.size(), T::DTYPE.size());
         assert_eq!(span.memory, Memory::Host);
         Reader {
             ptr: span.ptr.cast(),
@@ -168,12 +185,110 @@ impl<'a, T: Element> Writer<'a, T> {
     }
 }
 
+/// Several exclusive host spans whose element type is known, of one length.
+pub(super) struct Writers<'t, 'a, T> {
+    spans: &'t mut [SpanMut<'a>],
+    len: usize,
+    element: PhantomData<T>,
+}
+
+impl<'t, 'a, T: Element> Writers<'t, 'a, T> {
+    /// At least one span, of `T`s or of another dtype of their size, which are then moved about as `T`s.
+    #[inline(always)]
+    pub(super) fn of(spans: &'t mut [SpanMut<'a>]) -> Self {
+        let len = spans[0].len;
+        for span in &*spans {
+            assert_eq!(span.dtype.size(), T::DTYPE.size());
+            assert_eq!((span.memory, span.len), (Memory::Host, len));
+        }
+        Writers {
+            spans,
+            len,
+            element: PhantomData,
+        }
+    }
+
+    #[inline(always)]
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Replaces the elements from `start` on, in every span.
+    ///
+    /// # Safety
+    ///
+    /// `start + values.len() <= self.len()`, and all values are initialised.
+    #[inline(always)]
+    pub(super) unsafe fn set(&mut self, start: usize, values: &[MaybeUninit<T>]) {
+        debug_assert!(start + values.len() <= self.len);
+        let put = |span: &mut SpanMut<'a>| {
+            let target = span.ptr.cast::<T>().wrapping_add(start);
+            // SAFETY: inside the span, says the caller, so valid for writes and aligned by the span's promise, and ours
+            // alone while a kernel runs; `values` are the caller's own. The tests of `combine` compare the elements
+            // before and after every target.
+            unsafe { ptr::copy_nonoverlapping(values.as_ptr().cast(), target, values.len()) };
+        };
+        self.each(put);
+    }
+
+    /// As `set`, past the caches.
+    ///
+    /// # Safety
+    ///
+    /// As of `set`; and element `start` starts a line in every span, `values` fill whole lines, and who launched the kernel
+    /// calls `settle` before anybody looks.
+    #[inline(always)]
+    pub(super) unsafe fn stream<L: Line>(&mut self, start: usize, values: &[MaybeUninit<T>]) {
+        debug_assert!(start + values.len() <= self.len);
+        let per_line = LINE_BYTES / size_of::<T>();
+        let put = |span: &mut SpanMut<'a>| {
+            let target = span.ptr.cast::<T>().wrapping_add(start);
+            for line in (0..values.len()).step_by(per_line) {
+                let from = values.as_ptr().wrapping_add(line);
+                // SAFETY: as in `set`, of one line, and the caller vouches for its place. A crooked one faults in the
+                // tests of `combine`.
+                unsafe { L::stream(from.cast(), target.wrapping_add(line).cast()) };
+            }
+        };
+        self.each(put);
+    }
+
+    /// Elements before the first that starts a line, if that is one number for all spans.
+    pub(super) fn lead(&self) -> Option<usize> {
+        let lead = |span: &SpanMut<'a>| super::stream::lead(span.ptr) / size_of::<T>();
+        let first = lead(&self.spans[0]);
+        let same = self.spans.iter().all(|span| lead(span) == first);
+        same.then_some(first)
+    }
+
+    /// One and two spans without a loop, which would take as long as the stores.
+    #[inline(always)]
+    fn each(&mut self, mut put: impl FnMut(&mut SpanMut<'a>)) {
+        match &mut *self.spans {
+            [one] => put(one),
+            [one, other] => {
+                put(one);
+                put(other);
+            }
+            many => many.iter_mut().for_each(put),
+        }
+    }
+}
+
 /// A span over device memory, which no host kernel may touch.
 #[cfg(test)]
 pub(crate) fn away(dtype: Dtype) -> Span<'static> {
     // SAFETY: no elements, so nothing is promised about the address. A kernel that read it would fault in the test
     // `device_memory_is_refused_on_the_host`.
     unsafe { Span::from_raw(ptr::null(), dtype, 0, Memory::Cuda(1)) }
+}
+
+/// The elements of a target, as a source that lies exactly there.
+#[cfg(test)]
+pub(crate) fn twin<'a>(target: &SpanMut<'a>) -> Span<'a> {
+    // SAFETY: the target vouches for the memory as long as it lives, and only tests of `combine` in place come here, which
+    // allows a source where a target is. Miri would tell.
+    unsafe { Span::from_raw(target.ptr, target.dtype, target.len, target.memory) }
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! What kernels promise, checked against the oracle and against arithmetic that is neither's.
 
 mod casts;
+mod combine;
 mod equality;
 mod exact;
 mod optim;

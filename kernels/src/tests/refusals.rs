@@ -157,6 +157,13 @@ fn verbs_without_meaning_for_a_dtype_say_so() {
         fold(Fold::Prod, SpanMut::of(&mut flags), Span::of(&with)),
         refused("prod", Dtype::Bool)
     );
+    for (op, name) in [(Fold::And, "band"), (Fold::Or, "bor"), (Fold::Xor, "bxor")] {
+        assert_eq!(
+            fold(op, SpanMut::of(&mut floats), Span::of(&[2.0f32])),
+            refused(name, Dtype::F32)
+        );
+    }
+    assert_eq!(floats, [1.0]);
     assert_eq!(
         cast_scaled(Span::of(&with), SpanMut::of(&mut flags), 1.0),
         refused("cast_scaled", Dtype::Bool)
@@ -326,6 +333,97 @@ fn updates_refuse_wrong_copies_and_counts_of_states() {
         }
     );
     assert_eq!((param, state), ([1.0; 2], [0.0; 2]));
+}
+
+#[test]
+fn reductions_refuse_what_their_verbs_would_before_anything_is_written() {
+    use crate::{Finish, Store, combine};
+    fn take<T: crate::Element>(
+        op: Fold,
+        sources: &[Span<'_>],
+        factors: Option<&[f64]>,
+        finish: Finish,
+        into: &mut [T],
+    ) -> KernelError {
+        let old = into.to_vec();
+        let targets = &mut [SpanMut::of(into)];
+        let error = combine(op, sources, factors, finish, targets, Store::Cached).unwrap_err();
+        let bytes = bytemuck::cast_slice::<T, u8>;
+        assert_eq!(bytes(into), bytes(&old));
+        error
+    }
+    let op = "combine";
+    let (floats, ints, flags) = ([1.0f32; 2], [1i32; 2], [Bool(1); 2]);
+    let pair = [Span::of(&floats), Span::of(&floats)];
+    let whole = [Span::of(&ints), Span::of(&ints)];
+    let truth = [Span::of(&flags), Span::of(&flags)];
+    let (mut f, mut i, mut b) = ([9.0f32; 2], [9i32; 2], [Bool(9); 2]);
+    let unsupported = |op, dtype| KernelError::Unsupported { op, dtype };
+    let sum = Fold::Sum;
+    assert_eq!(
+        take(sum, &[], None, Finish::Cast, &mut f),
+        KernelError::NoSource { op }
+    );
+    let (first, other) = (Dtype::F32, Dtype::I32);
+    let mixed = KernelError::Mixed { op, first, other };
+    assert_eq!(take(sum, &pair, None, Finish::Cast, &mut i), mixed);
+    let three = take(sum, &pair, None, Finish::Cast, &mut [9.0f32; 3]);
+    let (into, from) = (3, 2);
+    assert_eq!(three, KernelError::Length { op, into, from });
+    let memory = Memory::Cuda(1);
+    assert_eq!(
+        take(
+            sum,
+            &[away(Dtype::F32)],
+            None,
+            Finish::Cast,
+            &mut [0.0f32; 0]
+        ),
+        KernelError::Device { op, memory }
+    );
+    let (sources, factors) = (2, 1);
+    assert_eq!(
+        take(sum, &pair, Some(&[1.0]), Finish::Cast, &mut f),
+        KernelError::Factors {
+            op,
+            sources,
+            factors
+        }
+    );
+    assert_eq!(
+        take(Fold::Xor, &pair, None, Finish::Cast, &mut f),
+        unsupported("bxor", Dtype::F32)
+    );
+    assert_eq!(
+        take(sum, &truth, None, Finish::Cast, &mut b),
+        unsupported("sum", Dtype::Bool)
+    );
+    assert_eq!(
+        take(Fold::Min, &truth, Some(&[1.0; 2]), Finish::Cast, &mut b),
+        unsupported("cast_scaled", Dtype::Bool)
+    );
+    assert_eq!(
+        take(sum, &whole, None, Finish::Scale(2.0), &mut i),
+        unsupported("scale", Dtype::I32)
+    );
+    assert_eq!(
+        take(sum, &pair, None, Finish::Divide(2), &mut f),
+        unsupported("divide", Dtype::F32)
+    );
+    assert_eq!(
+        take(sum, &whole, None, Finish::Divide(0), &mut i),
+        KernelError::DivideByZero
+    );
+    assert_eq!(
+        take(sum, &whole, Some(&[1.0, 0.5]), Finish::Cast, &mut i),
+        KernelError::Value {
+            op: "cast_scaled",
+            dtype: Dtype::I32,
+            value: 0.5
+        }
+    );
+    let none = combine(sum, &pair, None, Finish::Cast, &mut [], Store::Streaming);
+    assert_eq!(none, Ok(()));
 }
 
 #[test]

@@ -84,11 +84,11 @@ fn round(
 ) -> Result<()> {
     for case in &mut *cases {
         let data = case.data.take().expect("it came back");
-        case.data = Some(host.submit(case.call.blocking(), data)?.wait()?);
+        case.data = Some(host.submit(case.call.clone().blocking(), data)?.wait()?);
     }
     for case in &mut *cases {
         let data = case.data.take().expect("it came back");
-        works.push(host.submit(case.call, data)?);
+        works.push(host.submit(case.call.clone(), data)?);
     }
     for (case, work) in cases.iter_mut().zip(works.drain(..)) {
         case.data = Some(work.wait()?);

@@ -11,7 +11,7 @@ use crate::{
     wire::{
         Vigil,
         ledger::Ledger,
-        shm::{Arena, Group, Mapping},
+        shm::{Arena, Group, MOST_RANKS, Mapping},
         tcp::Tcp,
     },
 };
@@ -100,7 +100,11 @@ impl Host {
         options: Options,
     ) -> Result<(Result<Self, String>, bool)> {
         let rank = place(member, &group);
-        let made = Arena::new(options.arena_bytes).map_err(|e| format!("no shared memory: {e}"));
+        let made = if group.len() > MOST_RANKS {
+            Err(format!("{} ranks are more than {MOST_RANKS}", group.len()))
+        } else {
+            Arena::new(options.arena_bytes).map_err(|e| format!("no shared memory: {e}"))
+        };
         let own = made
             .as_ref()
             .map(|(_, fd)| fd.as_fd())
@@ -118,7 +122,7 @@ impl Host {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let crowded = passed.neighbours > cores;
         let shared = Group::new(rank, arena.clone(), peers, vigil.clone(), crowded);
-        let executor = Executor::Shared(SharedMemory::new(shared));
+        let executor = Executor::Shared(SharedMemory::new(shared, options.tuning.clone()));
         let control = Some(member.control().clone());
         let kind = WireKind::Shm;
         let mut host = Self::start(executor, kind, Some(arena), vigil, options, control)?;

@@ -1,7 +1,7 @@
 //! What happens to elements on their way, the same in both executors: the lift into the accumulator's type, the fold,
 //! the finish by an element's owner.
 
-use fabric_kernels::{self as kernels, Fold, KernelError, Span, SpanMut};
+use fabric_kernels::{self as kernels, Finish, Fold, KernelError, Span, SpanMut};
 
 use super::super::ReduceOp;
 use crate::wire::frame::Stamp;
@@ -26,6 +26,18 @@ impl Math<'_> {
             ReduceOp::Avg if self.stamp.dtype.is_float() => Action::Scale(1.0 / self.size as f64),
             ReduceOp::Avg => Action::Divide(self.size as u64),
             _ => Action::Cast,
+        }
+    }
+}
+
+impl Math<'_> {
+    /// The same for [`kernels::combine`] of so many leaves. One alone is the answer as it is.
+    pub(super) fn finishing(&self, leaves: usize) -> Finish {
+        match self.finish() {
+            _ if leaves == 1 => Finish::Cast,
+            Action::Scale(factor) => Finish::Scale(factor),
+            Action::Divide(by) => Finish::Divide(by),
+            Action::Cast | Action::Fold(_) => Finish::Cast,
         }
     }
 }

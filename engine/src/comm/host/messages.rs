@@ -6,50 +6,56 @@ use std::{sync::Arc, time::Duration};
 use fabric_kernels::Dtype;
 
 use super::{
-    super::{Call, Data, Op, ReduceOp, Spent},
+    super::{Call, Data, ReduceOp, Spent},
     math::{Action, Math},
     recent::Recent,
     script::{Hold, Script, Verb},
 };
 use crate::{
-    buffer::{SLAB_ALIGN, Slab, carve},
+    buffer::{Piece, SLAB_ALIGN, Slab, carve},
+    clock::Clock,
     error::{Error, Result},
     schedule::{
         self, Form, Kind, Problem, Slot,
         choose::{Tuning, WireKind},
     },
-    wire::{Wire, frame::Stamp},
+    wire::{Parcel, Traffic, Wire, frame::Stamp},
 };
 
 /// A wire, and what is remembered between calls.
 pub(super) struct Messages {
     wire: Box<dyn Wire>,
+    clock: Clock,
     kind: WireKind,
     tuning: Tuning,
     scripts: Recent<Key, Script>,
     memory: Vec<Slab>,  // of the call that runs: its own, then scratch
     room: Option<Slab>, // bytes that scratch is cut from
+    letters: Traffic,   // of the message that is sent or received
 }
 
 /// What decides a script.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Clone, PartialEq, Eq, Hash)]
 struct Key {
     kind: Kind,
     lifted: bool,
     dtype: Dtype,
     numel: usize,
     hold: Hold,
+    lengths: Option<Arc<[usize]>>, // of uneven slices, or of several slabs
 }
 
 impl Messages {
-    pub(super) fn new(wire: Box<dyn Wire>, kind: WireKind, tuning: Tuning) -> Self {
+    pub(super) fn new(wire: Box<dyn Wire>, kind: WireKind, tuning: Tuning, clock: Clock) -> Self {
         Self {
             wire,
+            clock,
             kind,
             tuning,
             scripts: Recent::new(),
             memory: Vec::new(),
             room: None,
+            letters: Traffic::default(),
         }
     }
 
@@ -67,10 +73,25 @@ impl Messages {
         stamp: &Stamp,
         call: &Call,
         data: Data,
-        deadline: Duration,
+        patience: Duration,
     ) -> Result<(Data, Spent)> {
+        let deadline = self.clock.now() + patience;
+        let Some(kind) = call.op.kind() else {
+            return self.exchange(stamp, call, data, deadline);
+        };
         let hold = Hold::of(&data);
-        let script = self.script(call.op, stamp.dtype, stamp.numel as usize, hold);
+        let lengths = match &data {
+            Data::Many(slabs) => Some(slabs.iter().map(Slab::numel).collect()),
+            _ => call.counts.clone(),
+        };
+        let script = self.script(Key {
+            kind,
+            lifted: call.op.is_lifted(),
+            dtype: stamp.dtype,
+            numel: stamp.numel as usize,
+            hold,
+            lengths,
+        });
         let before = self.wire.sent();
         let reduce = call.op.reduce().unwrap_or(ReduceOp::Sum);
         self.lay(
@@ -94,6 +115,45 @@ impl Messages {
             bytes: after.payload_bytes - before.payload_bytes,
         };
         Ok((data, cost))
+    }
+
+    /// A message, or one each way at once.
+    fn exchange(
+        &mut self,
+        stamp: &Stamp,
+        call: &Call,
+        data: Data,
+        deadline: Duration,
+    ) -> Result<(Data, Spent)> {
+        let (to, from) = call.op.ends();
+        let hold = Hold::of(&data);
+        let (mut letters, before) = (std::mem::take(&mut self.letters), self.wire.sent());
+        self.lay(&[], data, stamp.dtype, stamp.dtype);
+        let incoming = usize::from(hold == Hold::Apart);
+        for (parcels, peer, slab) in [
+            (&mut letters.sends, to, 0),
+            (&mut letters.recvs, from, incoming),
+        ] {
+            parcels.clear();
+            parcels.extend(peer.map(|peer| Parcel {
+                peer,
+                pieces: vec![Piece {
+                    slab,
+                    range: 0..self.memory[slab].numel(),
+                }],
+            }));
+        }
+        let memory = &mut self.memory;
+        self.wire
+            .exchange(stamp, 0, &letters, memory, Some(deadline))?;
+        self.letters = letters;
+        let after = self.wire.sent();
+        let cost = Spent {
+            collectives: 1,
+            messages: after.messages - before.messages,
+            bytes: after.payload_bytes - before.payload_bytes,
+        };
+        Ok((self.clear(hold), cost))
     }
 
     fn play(&mut self, script: &Script, math: &Math<'_>, deadline: Duration) -> Result<()> {
@@ -123,35 +183,55 @@ impl Messages {
         Ok(())
     }
 
-    /// What `run` will cost, from the schedule alone.
-    pub(super) fn price(&mut self, op: Op, dtype: Dtype, numel: usize) -> Spent {
-        let price = self.script(op, dtype, numel, Hold::InPlace).price;
-        let partial = op.reduce().map_or(dtype, |reduce| reduce.partial(dtype));
-        let bytes = price.bytes(dtype.size(), partial.size());
-        Spent {
+    /// What `run` will cost, from the schedule alone. A message's elements are `numel`.
+    pub(super) fn price(&mut self, call: &Call, dtype: Dtype, numel: usize) -> Spent {
+        let mut spent = Spent {
             collectives: 1,
-            messages: price.messages as u64,
-            bytes: bytes as u64,
-        }
-    }
-
-    fn script(&mut self, op: Op, dtype: Dtype, numel: usize, hold: Hold) -> Arc<Script> {
+            ..Spent::default()
+        };
+        let Some(kind) = call.op.kind() else {
+            if call.op.ends().0.is_some() {
+                spent.messages = 1;
+                spent.bytes = (numel * dtype.size()) as u64;
+            }
+            return spent;
+        };
         let key = Key {
-            kind: op.kind(),
-            lifted: op.is_lifted(),
+            kind,
+            lifted: call.op.is_lifted(),
             dtype,
             numel,
-            hold,
+            hold: if kind == Kind::AllToAll {
+                Hold::Apart
+            } else {
+                Hold::InPlace
+            },
+            lengths: call.counts.clone(),
         };
+        let price = self.script(key).price;
+        let partial = call.op.reduce();
+        let partial = partial.map_or(dtype, |reduce| reduce.partial(dtype));
+        spent.messages = price.messages as u64;
+        spent.bytes = price.bytes(dtype.size(), partial.size()) as u64;
+        spent
+    }
+
+    fn script(&mut self, key: Key) -> Arc<Script> {
         let (world, rank) = (self.wire.size(), self.wire.rank());
-        self.scripts.get(key, || {
-            let bytes = numel * dtype.size();
-            let algorithm = self.tuning.choose(&key.kind, world, bytes, self.kind);
-            let problem = Problem::even(key.kind, world, numel).with_lifted(key.lifted);
+        let (tuning, wire) = (&self.tuning, self.kind);
+        self.scripts.get(key, |key| {
+            let bytes = key.numel * key.dtype.size();
+            let algorithm = tuning.choose(&key.kind, world, bytes, wire);
+            let (lengths, is_many) = (key.lengths.as_deref(), matches!(key.hold, Hold::Many(_)));
+            let problem = match lengths {
+                Some(counts) if !is_many => Problem::with_counts(key.kind, world, counts),
+                _ => Problem::even(key.kind, world, key.numel),
+            };
+            let problem = problem.with_lifted(key.lifted);
             let schedule = schedule::messages(algorithm, &problem, rank)
                 .or_else(|| schedule::messages(schedule::Algorithm::Direct, &problem, rank))
                 .expect("direct does every collective");
-            Script::new(&problem, rank, schedule, hold)
+            Script::new(&problem, rank, schedule, key.hold, lengths.unwrap_or(&[]))
         })
     }
 
@@ -162,6 +242,7 @@ impl Messages {
             Data::None => {}
             Data::InPlace(slab) => self.memory.push(slab),
             Data::Out { from, into } => self.memory.extend([from, into]),
+            Data::Many(slabs) => self.memory.extend(slabs),
         }
         let dtype = |slot: &Slot| match slot.form {
             Form::Partial => partial,
@@ -189,11 +270,8 @@ impl Messages {
                 .map(|rest| Slab::join(used.recast(Dtype::U8), rest));
             self.room = joined.and_then(Result::ok); // they are neighbours; were they not, there would be new room
         }
-        let mut next = || {
-            self.memory
-                .pop()
-                .expect("a call's own slabs are laid first")
-        };
+        let memory = &mut self.memory;
+        let mut next = || memory.pop().expect("a call's own slabs are laid first");
         match hold {
             Hold::Nothing => Data::None,
             Hold::InPlace => Data::InPlace(next()),
@@ -201,6 +279,7 @@ impl Messages {
                 let into = next();
                 Data::Out { from: next(), into }
             }
+            Hold::Many(_) => Data::Many(self.memory.drain(..).collect()),
         }
     }
 }

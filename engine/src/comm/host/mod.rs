@@ -24,7 +24,7 @@ use std::{
 use fabric_kernels::Dtype;
 
 use super::{
-    Aborter, Call, Communicator, Data, Op, Rank, Spent, Work,
+    Aborter, Call, Communicator, Data, Rank, Spent, Work,
     trace::{Event, Trace},
     work::{Desk, Promise},
 };
@@ -95,18 +95,18 @@ impl Executor {
         stamp: &Stamp,
         call: &Call,
         data: Data,
-        deadline: Duration,
+        patience: Duration,
     ) -> Result<(Data, Spent)> {
         match self {
-            Self::Messages(messages) => messages.run(stamp, call, data, deadline),
-            Self::Shared(shared) => shared.run(stamp, call, data, deadline),
+            Self::Messages(messages) => messages.run(stamp, call, data, patience),
+            Self::Shared(shared) => shared.run(stamp, call, data, patience),
         }
     }
 
-    fn price(&mut self, op: Op, dtype: Dtype, numel: usize) -> Spent {
+    fn price(&mut self, call: &Call, dtype: Dtype, numel: usize) -> Spent {
         match self {
-            Self::Messages(messages) => messages.price(op, dtype, numel),
-            Self::Shared(shared) => shared.price(op, dtype, numel),
+            Self::Messages(messages) => messages.price(call, dtype, numel),
+            Self::Shared(shared) => shared.price(call, dtype, numel),
         }
     }
 }
@@ -158,7 +158,8 @@ impl Host {
         options: Options,
         control: Option<Control>,
     ) -> Result<Self> {
-        let messages = Messages::new(wire, kind, options.tuning.clone());
+        let clock = options.clock.clone();
+        let messages = Messages::new(wire, kind, options.tuning.clone(), clock);
         Self::start(
             Executor::Messages(messages),
             kind,
@@ -246,13 +247,13 @@ impl Drop for Host {
 impl Shared {
     fn run(&self, stamp: &Stamp, call: &Call, data: Data) -> Result<Data> {
         self.check(stamp)?;
-        let deadline = self.options.clock.now() + call.deadline.unwrap_or(self.options.deadline);
+        let patience = call.deadline.unwrap_or(self.options.deadline);
         self.ledger.enter(*stamp);
         let mut executor = self
             .executor
             .lock()
             .unwrap_or_else(|held| held.into_inner());
-        match executor.run(stamp, call, data, deadline) {
+        match executor.run(stamp, call, data, patience) {
             Ok((data, cost)) => {
                 self.ledger.leave();
                 *self.spent.lock().unwrap_or_else(|held| held.into_inner()) += cost;
@@ -327,7 +328,7 @@ impl Communicator for Host {
         let shape = check_shapes(shared.rank, shared.size, &call, &data)?;
         let stamp = stamp(self.sequence, &call, shape);
         shared.check(&stamp)?;
-        self.sequence += 1;
+        self.sequence += u64::from(call.op.kind().is_some());
         let (op, bytes) = (stamp.op.name(), shape.numel * shape.dtype.size());
         shared.trace.note(Event::Submitted {
             sequence: stamp.sequence,
@@ -379,7 +380,7 @@ impl Communicator for Host {
             .executor
             .lock()
             .unwrap_or_else(|held| held.into_inner());
-        executor.price(call.op, dtype, numel)
+        executor.price(call, dtype, numel)
     }
 
     fn spent(&self) -> Spent {

@@ -7,6 +7,7 @@ const MOST: usize = 512; // more kinds of calls than the buckets of a large mode
 /// Values by key. When there are too many, the one that was longest not asked for makes room.
 pub(super) struct Recent<K, V> {
     values: HashMap<K, Entry<V>>,
+    last: Option<(K, Arc<V>)>, // the one of the latest turn, found without hashing
     turn: u64,
 }
 
@@ -15,32 +16,41 @@ struct Entry<V> {
     asked: u64, // in which turn, last
 }
 
-impl<K: Copy + Eq + Hash, V> Recent<K, V> {
+impl<K: Clone + Eq + Hash, V> Recent<K, V> {
     pub(super) fn new() -> Self {
         Self {
             values: HashMap::new(),
+            last: None,
             turn: 0,
         }
     }
 
     /// The value of `key`, made now if it is not here.
-    pub(super) fn get(&mut self, key: K, make: impl FnOnce() -> V) -> Arc<V> {
+    pub(super) fn get(&mut self, key: K, make: impl FnOnce(&K) -> V) -> Arc<V> {
+        if let Some((last, value)) = &self.last
+            && *last == key
+        {
+            return value.clone();
+        }
         self.turn += 1;
         if let Some(entry) = self.values.get_mut(&key) {
             entry.asked = self.turn;
-            return entry.value.clone();
+            let value = entry.value.clone();
+            self.last = Some((key, value.clone()));
+            return value;
         }
         if self.values.len() == MOST {
             let oldest = self.values.iter().min_by_key(|(_, entry)| entry.asked);
-            if let Some(oldest) = oldest.map(|(key, _)| *key) {
+            if let Some(oldest) = oldest.map(|(key, _)| key.clone()) {
                 self.values.remove(&oldest);
             }
         }
-        let value = Arc::new(make());
+        let value = Arc::new(make(&key));
         let entry = Entry {
             value: value.clone(),
             asked: self.turn,
         };
+        self.last = Some((key.clone(), value.clone()));
         self.values.insert(key, entry);
         value
     }
@@ -54,13 +64,13 @@ mod tests {
     fn what_was_longest_not_asked_for_makes_room() {
         let mut recent = Recent::new();
         for key in 0..MOST {
-            recent.get(key, || key);
+            recent.get(key, |key| *key);
         }
-        recent.get(0, || unreachable!("it is here"));
-        recent.get(MOST, || MOST);
-        recent.get(0, || unreachable!("it was asked for lately"));
+        recent.get(0, |_| unreachable!("it is here"));
+        recent.get(MOST, |_| MOST);
+        recent.get(0, |_| unreachable!("it was asked for lately"));
         let mut made = false;
-        recent.get(1, || {
+        recent.get(1, |_| {
             made = true;
             1
         });

@@ -1,10 +1,12 @@
 //! A schedule made ready to be run: every place is a piece of a numbered slab, every copy and fold is cut to pieces that
 //! lie in one run each. Made once for a kind of call, and run as often as it comes.
 
+use std::ops::Range;
+
 use crate::{
     buffer::Piece,
     comm::Data,
-    schedule::{Form, Kind, Loc, Move, Problem, Region, Round, Schedule, Slot, price::Price},
+    schedule::{Form, Loc, Move, Problem, Region, Round, Schedule, Slot, price::Price},
     wire::{Parcel, Traffic},
 };
 
@@ -17,6 +19,8 @@ pub(super) enum Hold {
     InPlace,
     /// Input, then output.
     Apart,
+    /// So many that are one vector, in place.
+    Many(usize),
 }
 
 impl Hold {
@@ -25,6 +29,7 @@ impl Hold {
             Data::None => Self::Nothing,
             Data::InPlace(_) => Self::InPlace,
             Data::Out { .. } => Self::Apart,
+            Data::Many(slabs) => Self::Many(slabs.len()),
         }
     }
 
@@ -34,6 +39,7 @@ impl Hold {
             Self::Nothing => 0,
             Self::InPlace => 1,
             Self::Apart => 2,
+            Self::Many(slabs) => slabs,
         }
     }
 }
@@ -68,17 +74,18 @@ pub(super) enum Verb {
 }
 
 impl Script {
-    pub(super) fn new(problem: &Problem, rank: usize, schedule: Schedule, hold: Hold) -> Self {
-        let own = problem.slices[rank].start;
-        let (input, output) = match (hold, problem.kind) {
-            (Hold::InPlace, Kind::ReduceScatter) => (0, own),
-            (Hold::InPlace, Kind::AllGather) => (own, 0),
-            _ => (0, 0),
-        };
+    /// `lengths`: of the slabs that are one vector, where there are several.
+    pub(super) fn new(
+        problem: &Problem,
+        rank: usize,
+        schedule: Schedule,
+        hold: Hold,
+        lengths: &[usize],
+    ) -> Self {
         let places = Places {
             hold,
-            input,
-            output,
+            lengths,
+            starts: starts(problem, rank, hold == Hold::InPlace),
         };
         let acts = schedule.rounds.iter();
         Self {
@@ -89,14 +96,25 @@ impl Script {
     }
 }
 
-/// Where a schedule's regions lie.
-struct Places {
-    hold: Hold,
-    input: usize, // where it starts in its slab
-    output: usize,
+/// Where input and output start in the caller's slabs: nccl-tests' positions in place, where the root's slab is the full
+/// vector, as everybody's is when there is no root.
+pub(super) fn starts(problem: &Problem, rank: usize, in_place: bool) -> (usize, usize) {
+    let whole = problem.kind.root().is_none_or(|root| root == rank);
+    if !in_place || !whole {
+        return (0, 0);
+    }
+    let output = problem.outputs(rank).next().map_or(0, |part| part.start);
+    (problem.input(rank).start, output)
 }
 
-impl Places {
+/// Where a schedule's regions lie.
+struct Places<'a> {
+    hold: Hold,
+    lengths: &'a [usize],
+    starts: (usize, usize), // of input and output, in their slabs
+}
+
+impl Places<'_> {
     fn act(&self, round: &Round, schedule: &Schedule) -> Act {
         let mut traffic = Traffic::default();
         for step in &round.wire {
@@ -142,15 +160,39 @@ impl Places {
 
     fn pieces(&self, loc: &Loc) -> impl Iterator<Item = Piece> {
         let (slab, base) = match loc.region {
-            Region::Input => (0, self.input),
-            Region::Output => (usize::from(self.hold == Hold::Apart), self.output),
+            Region::Input => (0, self.starts.0),
+            Region::Output => (usize::from(self.hold == Hold::Apart), self.starts.1),
             Region::Scratch(slot) => (self.hold.slabs() + slot, 0),
         };
-        loc.ranges.iter().map(move |range| Piece {
-            slab,
-            range: base + range.start..base + range.end,
+        let many = matches!(self.hold, Hold::Many(_)) && !matches!(loc.region, Region::Scratch(_));
+        let lengths = if many { self.lengths } else { &[] };
+        loc.ranges.iter().flat_map(move |range| {
+            let one = Piece {
+                slab,
+                range: base + range.start..base + range.end,
+            };
+            let parts = cut(lengths, range.clone());
+            let parts = parts.map(|(slab, range)| Piece { slab, range });
+            Some(one).filter(|_| !many).into_iter().chain(parts)
         })
     }
+}
+
+/// Where a range of a vector lies in the slabs that make it up.
+pub(super) fn cut(
+    lengths: &[usize],
+    range: Range<usize>,
+) -> impl Iterator<Item = (usize, Range<usize>)> {
+    let mut start = 0;
+    lengths
+        .iter()
+        .enumerate()
+        .filter_map(move |(slab, length)| {
+            let own = start..start + length;
+            start = own.end;
+            let (from, to) = (range.start.max(own.start), range.end.min(own.end));
+            (from < to).then(|| (slab, from - own.start..to - own.start))
+        })
 }
 
 /// Pair two lists of pieces, of equal length in all, cut where either is cut.
@@ -189,6 +231,13 @@ fn take(piece: &mut Piece, elems: usize) -> Piece {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_range_is_cut_where_the_slabs_end() {
+        let parts: Vec<_> = cut(&[3, 0, 2, 4], 2..6).collect();
+        assert_eq!(parts, [(0, 2..3), (2, 0..2), (3, 0..1)]);
+        assert_eq!(cut(&[3], 1..1).count(), 0);
+    }
 
     #[test]
     fn pieces_are_paired_and_cut_where_either_is_cut() {

@@ -12,8 +12,9 @@ use fabric_kernels::{self as kernels, Dtype, Span};
 
 use super::*;
 use crate::{
-    comm::{Collectives, Label, ReduceOp},
+    comm::{Collectives, Label, Op, ReduceOp},
     rendezvous::{Options as Join, Secret},
+    schedule::{Kind, Problem},
 };
 use crate::{rendezvous::Member, wire::shm::Mapping};
 
@@ -94,9 +95,20 @@ fn calls(dtype: Dtype, size: usize) -> Vec<Op> {
         reduces.extend([ReduceOp::Sum, ReduceOp::Avg, ReduceOp::Prod]);
         reduces.push(ReduceOp::PreMulSum(3.0));
     }
-    let mut calls = vec![Op::AllGather, Op::Broadcast { root: size - 1 }];
+    if !dtype.is_float() {
+        reduces.extend([ReduceOp::BitAnd, ReduceOp::BitOr, ReduceOp::BitXor]);
+    }
+    let root = size - 1;
+    let mut calls = vec![
+        Op::AllGather,
+        Op::Broadcast { root },
+        Op::Gather { root },
+        Op::Scatter { root },
+        Op::AllToAll,
+    ];
     calls.extend(reduces.iter().map(|op| Op::AllReduce(*op)));
     calls.extend(reduces.iter().map(|op| Op::ReduceScatter(*op)));
+    calls.extend(reduces.iter().map(|op| Op::Reduce { op: *op, root }));
     calls
 }
 
@@ -109,51 +121,107 @@ fn own(op: Op, rank: usize) -> Op {
     match op {
         Op::AllReduce(reduce) => Op::AllReduce(own(reduce)),
         Op::ReduceScatter(reduce) => Op::ReduceScatter(own(reduce)),
+        Op::Reduce { op, root } => Op::Reduce { op: own(op), root },
         op => op,
     }
 }
 
-/// The memory for `op` on `numel` elements of each slice, or of the vector where there are no slices.
-fn memory(op: Op, size: usize, numel: usize, in_place: bool) -> (usize, Option<usize>) {
-    match (op, in_place) {
-        (Op::ReduceScatter(_) | Op::AllGather, true) => (numel * size, None),
-        (_, true) => (numel, None),
-        (Op::ReduceScatter(_), _) => (numel * size, Some(numel)),
-        (Op::AllGather, _) => (numel, Some(numel * size)),
-        _ => (numel, Some(numel)),
+/// Uneven slices, or blocks, of `numel` elements each at most.
+fn uneven(op: Op, size: usize, numel: usize) -> Option<Arc<[usize]>> {
+    let count = |slice: usize| numel * (slice * 5 % 7) / 6;
+    match op {
+        Op::ReduceScatter(_) | Op::AllGather | Op::Gather { .. } | Op::Scatter { .. } => {
+            Some((0..size).map(count).collect())
+        }
+        Op::AllToAll => Some((0..size * size).map(count).collect()),
+        _ => None,
+    }
+}
+
+/// The problem of `op` on slices, or blocks, of `numel` elements each, or on so many where there are no slices.
+fn problem(call: &Call, size: usize, numel: usize) -> Problem {
+    let kind = call.op.kind().expect("no message");
+    match (&call.counts, kind) {
+        (Some(counts), _) => Problem::with_counts(kind, size, counts),
+        (_, Kind::AllReduce | Kind::Broadcast { .. } | Kind::Reduce { .. }) => {
+            Problem::even(kind, size, numel)
+        }
+        (_, Kind::AllToAll) => Problem::even(kind, size, numel * size * size),
+        _ => Problem::even(kind, size, numel * size),
     }
 }
 
 /// Run one collective, and give back the bytes of the rank's output alone.
 fn once(
     host: &mut Host,
-    op: Op,
-    dtype: Dtype,
+    call: &Call,
     numel: usize,
-    in_place: bool,
+    form: Form,
     slab: &dyn Fn(&Host, usize) -> Slab,
 ) -> Result<Vec<u8>> {
     let (rank, size) = (host.rank(), host.size());
-    let (from, into) = memory(op, size, numel, in_place);
-    let mut from = slab(host, from);
-    fill(&mut from, rank);
-    let data = match into {
-        Some(into) => Data::Out {
-            from,
-            into: slab(host, into),
-        },
-        None => Data::InPlace(from),
-    };
-    let call = Call::new(own(op, rank)).blocking();
-    let data = host.submit(call, data)?.wait()?;
-    let output = match (op, data) {
-        (Op::ReduceScatter(_), Data::InPlace(slab)) => {
-            slab.split_at(rank * numel).1.split_at(numel).0
+    let problem = problem(call, size, numel);
+    let (input, output) = (problem.input(rank), problem.output_elems(rank));
+    let root = problem.kind.root();
+    let data = match form {
+        Form::Apart => {
+            let mut from = slab(host, input.len());
+            fill(&mut from, rank);
+            let into = slab(host, output);
+            Data::Out { from, into }
         }
-        (_, data) => data.into_output(),
+        Form::InPlace => {
+            let whole = root.is_none_or(|root| root == rank);
+            let held = if whole {
+                problem.elems()
+            } else {
+                input.len().max(output)
+            };
+            let mut slab = slab(host, held);
+            // The input's values are those of the other forms.
+            let mut values = Slab::zeroed(slab.dtype(), input.len());
+            fill(&mut values, rank);
+            let start = if whole { input.start } else { 0 };
+            let place = slab.part_mut(start..start + input.len());
+            kernels::cast(values.part(0..input.len()), place).unwrap();
+            Data::InPlace(slab)
+        }
+        Form::Many => {
+            let mut values = slab(host, problem.elems());
+            fill(&mut values, rank);
+            let (first, rest) = values.split_at(numel / 3);
+            let (none, rest) = rest.split_at(0);
+            Data::Many(vec![first, none, rest])
+        }
     };
-    assert_eq!(output.dtype(), dtype);
-    Ok(output.as_bytes().to_vec())
+    let call = Call {
+        op: own(call.op, rank),
+        ..call.clone().blocking()
+    };
+    let start = problem.outputs(rank).next().map_or(0, |part| part.start);
+    match host.submit(call, data)?.wait()? {
+        Data::Many(slabs) if output > 0 => Ok(slabs
+            .iter()
+            .flat_map(|slab| slab.as_bytes().to_vec())
+            .collect()),
+        Data::InPlace(slab) if root.is_none_or(|root| root == rank) && output > 0 => {
+            let size = slab.dtype().size();
+            Ok(slab.as_bytes()[start * size..(start + output) * size].to_vec())
+        }
+        Data::Many(_) => Ok(Vec::new()),
+        data => {
+            let slab = data.into_output();
+            Ok(slab.as_bytes()[..output * slab.dtype().size()].to_vec())
+        }
+    }
+}
+
+/// How the memory is given.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Form {
+    Apart,
+    InPlace,
+    Many,
 }
 
 /// Goal: shared memory gives the bits of the message executor. Method: both communicators side by side on the same
@@ -165,36 +233,287 @@ fn agrees_with_tcp(size: usize, dtypes: &[Dtype], lengths: &[usize]) {
         for &dtype in dtypes {
             for op in calls(dtype, size) {
                 for (index, &numel) in lengths.iter().enumerate() {
-                    for in_place in [false, true] {
-                        let heap = |_: &Host, numel| Slab::zeroed(dtype, numel);
-                        let arena = |host: &Host, numel| host.alloc(dtype, numel).unwrap();
-                        // Some ranks' buffers are private, not always the same ones.
-                        let mixed = |host: &Host, numel| {
-                            if (host.rank() + index).is_multiple_of(2) {
-                                Slab::zeroed(dtype, numel)
-                            } else {
-                                host.alloc(dtype, numel).unwrap()
-                            }
-                        };
-                        let expected = once(&mut tcp, op, dtype, numel, in_place, &heap).unwrap();
-                        let what = || format!("{op:?} of {numel} x {dtype}, in place: {in_place}");
-                        let full = match op {
-                            Op::ReduceScatter(_) | Op::AllGather => numel * size,
-                            _ => numel,
-                        };
-                        let price = host.price(&Call::new(op), dtype, full);
-                        let before = host.spent();
-                        let registered = once(&mut host, op, dtype, numel, in_place, &arena);
-                        assert!(registered.unwrap() == expected, "registered {}", what());
-                        assert_eq!(host.spent() - before, price, "{}", what());
-                        let private = once(&mut host, op, dtype, numel, in_place, &mixed);
-                        assert!(private.unwrap() == expected, "private {}", what());
+                    let even = Call::new(op);
+                    let uneven = uneven(op, size, numel).map(|counts| even.clone().counts(counts));
+                    for call in [Some(even), uneven].into_iter().flatten() {
+                        one_agrees_with_tcp(&mut tcp, &mut host, &call, dtype, numel, index);
                     }
                 }
             }
         }
         host.barrier().unwrap();
     });
+}
+
+fn one_agrees_with_tcp(
+    tcp: &mut Host,
+    host: &mut Host,
+    call: &Call,
+    dtype: Dtype,
+    numel: usize,
+    index: usize,
+) {
+    let heap = |_: &Host, numel| Slab::zeroed(dtype, numel);
+    let arena = |host: &Host, numel| host.alloc(dtype, numel).unwrap();
+    // Some ranks' buffers are private, not always the same ones.
+    let mixed = |host: &Host, numel| {
+        if (host.rank() + index).is_multiple_of(2) {
+            Slab::zeroed(dtype, numel)
+        } else {
+            host.alloc(dtype, numel).unwrap()
+        }
+    };
+    let expected = once(tcp, call, numel, Form::Apart, &heap).unwrap();
+    let full = problem(call, host.size(), numel).elems();
+    for form in [Form::Apart, Form::InPlace, Form::Many] {
+        let what = || format!("{call:?} of {numel} x {dtype}, {form:?}");
+        let whole = matches!(
+            call.op,
+            Op::AllReduce(_) | Op::Reduce { .. } | Op::Broadcast { .. }
+        );
+        if (form == Form::Many && !whole) || (form == Form::InPlace && call.op == Op::AllToAll) {
+            continue;
+        }
+        let messages = once(tcp, call, numel, form, &heap);
+        assert!(messages.unwrap() == expected, "messages {}", what());
+        let price = host.price(call, dtype, full);
+        let before = host.spent();
+        let registered = once(host, call, numel, form, &arena);
+        assert!(registered.unwrap() == expected, "registered {}", what());
+        if form != Form::Many {
+            assert_eq!(host.spent() - before, price, "{}", what());
+        }
+        let private = once(host, call, numel, form, &mixed);
+        assert!(private.unwrap() == expected, "private {}", what());
+    }
+}
+
+/// Goal: messages reach their rank whatever else goes on, and only two ranks take part. Method: on both wires, with memory
+/// in arenas and outside, longer than a stage and empty; sends before receives, a ring at once, collectives in between.
+#[test]
+fn messages_go_from_rank_to_rank_between_collectives() {
+    for size in [2, 3, 5] {
+        world(size, |member| {
+            let rank = member.rank();
+            let hosts = [
+                Host::tcp(member, options()).unwrap(),
+                shm(member, options()),
+            ];
+            for mut host in hosts {
+                for (private, numel) in [(false, 1000), (true, 3), (true, 300_001), (false, 0)] {
+                    let slab = |host: &Host, value: u32| {
+                        let mut slab = if private {
+                            Slab::zeroed(Dtype::U32, numel)
+                        } else {
+                            host.alloc(Dtype::U32, numel).unwrap()
+                        };
+                        slab.as_mut_slice::<u32>().fill(value);
+                        slab
+                    };
+                    let is_all = |slab: &Slab, value: u32| {
+                        assert!(slab.as_slice::<u32>().iter().all(|v| *v == value));
+                        assert_eq!(slab.numel(), numel);
+                    };
+                    // From rank 1 to rank 0; the others know nothing of it.
+                    let one = match rank {
+                        0 => Some((Op::Recv { from: 1 }, 0)),
+                        1 => Some((Op::Send { to: 0 }, 7)),
+                        _ => None,
+                    };
+                    if let Some((op, value)) = one {
+                        let data = Data::InPlace(slab(&host, value));
+                        let before = host.spent();
+                        let work = host.submit(Call::new(op).blocking(), data).unwrap();
+                        is_all(&work.wait().unwrap().into_output(), 7);
+                        let price = host.price(&Call::new(op), Dtype::U32, numel);
+                        assert_eq!(host.spent() - before, price);
+                    }
+                    host.barrier().unwrap();
+                    // Around, all at once.
+                    let (to, from) = ((rank + 1) % size, (rank + size - 1) % size);
+                    let call = Call::new(Op::SendRecv { to, from });
+                    let (source, target) = (slab(&host, rank as u32), slab(&host, 99));
+                    let data = Data::Out {
+                        from: source,
+                        into: target,
+                    };
+                    let work = host.submit(call, data).unwrap();
+                    is_all(&work.wait().unwrap().into_output(), from as u32);
+                }
+            }
+        });
+    }
+}
+
+#[test]
+fn the_convenient_forms_say_what_everybody_gave() {
+    world(3, |member| {
+        let mut host = shm(member, options());
+        let rank = host.rank();
+        let mut sum = vec![rank as f32; 2];
+        host.reduce(&mut sum, ReduceOp::Sum, 1).unwrap();
+        assert_eq!(
+            sum,
+            if rank == 1 {
+                [3.0; 2]
+            } else {
+                [rank as f32; 2]
+            }
+        );
+        let rows = host.gather(&vec![rank as i64; 2], 2).unwrap();
+        let rows = rows.map(|rows| rows.as_slice::<i64>().to_vec());
+        assert_eq!(rows, (rank == 2).then(|| vec![0, 0, 1, 1, 2, 2]));
+        let cut: Vec<i32> = (0..6).collect();
+        let mut own = vec![0; 2];
+        let from = (rank == 0).then_some(&cut as &dyn crate::buffer::Buffer);
+        host.scatter(from, &mut own, 0).unwrap();
+        assert_eq!(own, [2 * rank as i32, 2 * rank as i32 + 1]);
+        let blocks: Vec<u8> = (0..3).map(|to| (10 * rank + to) as u8).collect();
+        let column = host.all_to_all(&blocks).unwrap();
+        assert_eq!(
+            column.as_bytes(),
+            [rank as u8, 10 + rank as u8, 20 + rank as u8]
+        );
+        // Rank r gives r elements to rank 0, one to rank 1 and none to rank 2.
+        let (all, counts) = host
+            .all_to_all_v(&vec![rank as u16; rank + 1], &[rank, 1, 0])
+            .unwrap();
+        let expected: [Vec<usize>; 3] = [vec![0, 1, 2], vec![1; 3], vec![0; 3]];
+        assert_eq!(counts, expected[rank]);
+        assert_eq!(all.numel(), counts.iter().sum::<usize>());
+        let (all, counts) = host.all_gather_v(&vec![rank as u16; 2 - rank]).unwrap();
+        assert_eq!(
+            (all.as_slice::<u16>(), &counts[..]),
+            (&[0, 0, 1][..], &[2, 1, 0][..])
+        );
+        let (mut a, mut b) = (vec![1.0f64; 3], vec![rank as f64]);
+        host.all_reduce_coalesced(&mut [&mut a, &mut b], ReduceOp::Sum)
+            .unwrap();
+        assert_eq!((a, b), (vec![3.0; 3], vec![3.0]));
+        match rank {
+            0 => host.send(&vec![5u8; 4], 2).unwrap(),
+            2 => {
+                let mut got = vec![0u8; 4];
+                host.recv(&mut got, 0).unwrap();
+                assert_eq!(got, [5; 4]);
+            }
+            _ => {}
+        }
+        let wrong = host.all_to_all_v(&vec![0u8; 3], &[1, 1, 2]);
+        assert!(wrong.unwrap_err().to_string().contains("together they are"));
+    });
+}
+
+#[test]
+fn memory_that_does_not_fit_a_call_is_refused_before_anybody_waits() {
+    world(2, |member| {
+        let mut host = shm(member, options());
+        let slab = |numel| Slab::zeroed(Dtype::F32, numel);
+        let out = |from, into| Data::Out {
+            from: slab(from),
+            into: slab(into),
+        };
+        let rank = host.rank();
+        let call = Call::new;
+        let cases = [
+            (call(Op::Barrier), Data::InPlace(slab(1)), "Data::None"),
+            (call(Op::AllGather), Data::None, "without data"),
+            (call(Op::AllGather), out(2, 5), "slices"),
+            (
+                call(Op::AllGather),
+                Data::InPlace(slab(3)),
+                "multiple of the world size",
+            ),
+            (
+                call(Op::ReduceScatter(ReduceOp::Sum)),
+                out(4, 1),
+                "come out",
+            ),
+            (
+                call(Op::Gather { root: 2 }),
+                Data::InPlace(slab(2)),
+                "root 2 of 2",
+            ),
+            (
+                call(Op::AllToAll),
+                Data::InPlace(slab(4)),
+                "output of its own",
+            ),
+            (call(Op::AllToAll).counts([1, 2, 3]), out(1, 1), "3 counts"),
+            (
+                call(Op::AllReduce(ReduceOp::Sum)).counts([1, 1]),
+                Data::InPlace(slab(2)),
+                "leave",
+            ),
+            (
+                call(Op::AllGather),
+                Data::Many(vec![slab(2)]),
+                "Only all_reduce",
+            ),
+            (
+                call(Op::AllReduce(ReduceOp::Sum)),
+                Data::Many(vec![]),
+                "at least one",
+            ),
+            (
+                call(Op::Send { to: rank }),
+                Data::InPlace(slab(2)),
+                "another rank",
+            ),
+            (
+                call(Op::Recv { from: 7 }),
+                Data::InPlace(slab(2)),
+                "another rank",
+            ),
+            (call(Op::Send { to: 1 - rank }), out(1, 1), "Data::InPlace"),
+            (
+                call(Op::Gather { root: rank }),
+                Data::InPlace(slab(3)),
+                "multiple",
+            ),
+        ];
+        for (call, data, hint) in cases {
+            let text = host.submit(call, data).unwrap_err().to_string();
+            assert!(text.contains(hint), "{text}");
+        }
+        host.barrier().unwrap();
+    });
+}
+
+#[test]
+fn ranks_that_cut_differently_are_told() {
+    let errors = world(2, |member| {
+        let mut host = shm(member, options());
+        let counts = if host.rank() == 0 { [1, 3] } else { [3, 1] };
+        let from = Slab::zeroed(Dtype::F32, counts[host.rank()]);
+        let into = Slab::zeroed(Dtype::F32, 4);
+        let call = Call::new(Op::AllGather).counts(counts).blocking();
+        let work = host.submit(call, Data::Out { from, into });
+        work.and_then(Work::wait).unwrap_err().to_string()
+    });
+    assert!(
+        errors.iter().any(|text| text.contains("slices ")),
+        "{errors:?}"
+    );
+}
+
+#[test]
+fn a_message_of_another_length_is_named_on_the_side_that_receives_it() {
+    let errors = world(2, |member| {
+        let mut host = shm(member, options());
+        let (op, numel) = match member.rank() {
+            0 => (Op::Send { to: 1 }, 3),
+            _ => (Op::Recv { from: 0 }, 4),
+        };
+        let data = Data::InPlace(host.alloc(Dtype::F32, numel).unwrap());
+        let work = host.submit(Call::new(op).blocking(), data);
+        work.and_then(Work::wait).unwrap_err().to_string()
+    });
+    assert!(
+        errors[1].contains("send_recv(f32)") && errors[1].contains("12 bytes"),
+        "{}",
+        errors[1]
+    );
 }
 
 #[test]
@@ -348,7 +667,9 @@ fn an_abort_wakes_those_who_sleep() {
             }
             let slab = host.alloc(Dtype::F32, 1000).unwrap();
             let call = Call::new(Op::AllReduce(ReduceOp::Sum));
-            let result = host.submit(call, Data::InPlace(slab)).and_then(Work::wait);
+            let result = host
+                .submit(call.clone(), Data::InPlace(slab))
+                .and_then(Work::wait);
             let again = host.submit(call, Data::InPlace(Slab::zeroed(Dtype::F32, 1)));
             assert_eq!(
                 again.err().unwrap().to_string(),

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::flaw::{Cell, Flaw, Value};
-use crate::schedule::{Kind, Loc, Problem, Rank, Region, Schedule};
+use crate::schedule::{Loc, Problem, Rank, Region, Schedule};
 
 /// Where a region lies in a rank's arrays. Array 0 is Input's, 1 is Output's unless in place, then slots.
 #[derive(Clone, Copy)]
@@ -22,7 +22,7 @@ pub(super) struct Bench {
     pub(super) output: Place,
     /// Where Input and Output begin in the memory they share in place.
     pub(super) shadow: (usize, usize),
-    /// Which of that memory Output was written to.
+    /// Which of that memory Output was written to; nothing where there is no such form.
     written: Vec<bool>,
 }
 
@@ -46,15 +46,10 @@ impl At<'_> {
 
 impl Bench {
     pub(super) fn new(problem: &Problem, schedule: &Schedule, rank: Rank, in_place: bool) -> Bench {
-        let (elems, slice) = (problem.elems(), problem.slices[rank].clone());
-        // Input and Output in the full vector's coordinates.
-        let (input, output) = match problem.kind {
-            Kind::AllReduce => (0..elems, 0..elems),
-            Kind::ReduceScatter => (0..elems, slice),
-            Kind::AllGather => (slice, 0..elems),
-            Kind::Broadcast { root } => (if rank == root { 0..elems } else { 0..0 }, 0..elems),
-            Kind::Barrier => (0..0, 0..0),
-        };
+        // Input in the full vector's coordinates, and where Output begins there; an all-to-all's does nowhere.
+        let (elems, input) = (problem.elems(), problem.input(rank));
+        let start = problem.outputs(rank).next().map_or(0, |part| part.start);
+        let output = start..start + problem.output_elems(rank);
         let mut first = vec![Value::Nothing; if in_place { elems } else { input.len() }];
         let base = if in_place { input.start } else { 0 };
         for elem in input.clone() {
@@ -79,7 +74,7 @@ impl Bench {
             input: place(0, &input),
             output: place(1, &output),
             shadow: (input.start, output.start),
-            written: vec![false; elems],
+            written: vec![false; if problem.has_in_place() { elems } else { 0 }],
         }
     }
 
@@ -159,7 +154,8 @@ impl Bench {
         cell: usize,
         index: usize,
     ) -> Result<Value, Flaw> {
-        if at.loc.region == Region::Input && self.written[self.shadow.0 + index] {
+        let late = self.written.get(self.shadow.0 + index) == Some(&true);
+        if at.loc.region == Region::Input && late {
             return Err(Flaw::LateInput {
                 cell: at.cell(index),
                 round: at.round,
@@ -189,7 +185,11 @@ impl Bench {
                     round: at.round,
                 });
             }
-            Region::Output => self.written[self.shadow.1 + index] = true,
+            Region::Output => {
+                if let Some(written) = self.written.get_mut(self.shadow.1 + index) {
+                    *written = true;
+                }
+            }
             Region::Scratch(_) => {}
         }
         self.arrays[array][cell] = value;

@@ -82,18 +82,20 @@ impl Value {
     /// What a rank must end with as element `elem` of the full vector.
     pub(super) fn is_answer(self, problem: &Problem, elem: usize) -> bool {
         match problem.kind {
-            Kind::AllReduce | Kind::ReduceScatter => {
+            Kind::AllReduce | Kind::ReduceScatter | Kind::Reduce { .. } => {
                 let alone =
                     problem.world == 1 && !problem.lifted && self == Value::Leaf { rank: 0, elem };
                 alone || self == Value::Finished { elem }
             }
-            Kind::AllGather => {
+            Kind::AllGather | Kind::Gather { .. } | Kind::AllToAll => {
                 let Value::Leaf { rank, elem: found } = self else {
                     return false;
                 };
                 found == elem && problem.slices[rank].contains(&elem)
             }
-            Kind::Broadcast { root } => self == Value::Leaf { rank: root, elem },
+            Kind::Broadcast { root } | Kind::Scatter { root } => {
+                self == Value::Leaf { rank: root, elem }
+            }
             Kind::Barrier => true,
         }
     }

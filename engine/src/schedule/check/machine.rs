@@ -275,10 +275,10 @@ impl<'a> Machine<'a> {
     /// Every output is what the problem asks for, and every rank knows what a barrier must tell it.
     pub(super) fn answers(&self) -> Result<(), Flaw> {
         for (rank, bench) in self.benches.iter().enumerate() {
-            let Place { array, start, len } = bench.output;
-            for index in 0..len {
+            let Place { array, start, .. } = bench.output;
+            for (index, elem) in self.problem.outputs(rank).flatten().enumerate() {
                 let found = bench.arrays[array][start + index];
-                if !found.is_answer(self.problem, bench.shadow.1 + index) {
+                if !found.is_answer(self.problem, elem) {
                     return Err(Flaw::Answer {
                         cell: Cell {
                             rank,

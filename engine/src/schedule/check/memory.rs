@@ -13,9 +13,18 @@ pub(super) struct Memory<'a> {
     inputs: Vec<Vec<Value>>,
     /// Empty in place: the inputs are the outputs.
     outputs: Vec<Vec<Value>>,
+    /// Copies of inputs, of the ranks that posted theirs.
+    posts: Vec<Option<Vec<Value>>>,
     /// For each rank's Input, then each rank's Output: who read and who wrote each element in this phase.
     reads: Vec<Vec<Users>>,
     writes: Vec<Vec<Users>>,
+}
+
+/// Between which syncs a phase lies.
+#[derive(Clone, Copy)]
+struct Guard {
+    met: bool,
+    will_meet: bool,
 }
 
 /// Nobody, one rank, or one rank and somebody else.
@@ -65,17 +74,23 @@ impl<'a> Memory<'a> {
             } else {
                 vec![vec![Value::Nothing; elems]; world]
             },
+            posts: vec![None; world],
             reads: vec![Vec::new(); 2 * world],
             writes: vec![Vec::new(); 2 * world],
         }
     }
 
-    /// Executes one phase of all ranks. `guarded`: between two syncs, so that peers' memory may be touched.
+    /// Executes one phase, of so many, of all ranks.
     pub(super) fn phase<'s>(
         &mut self,
         steps: impl Iterator<Item = &'s [Shared]>,
-        guarded: bool,
+        phase: usize,
+        phases: usize,
     ) -> Result<(), Flaw> {
+        let guard = Guard {
+            met: phase > 0,
+            will_meet: phase + 1 < phases,
+        };
         for users in self.reads.iter_mut().chain(&mut self.writes) {
             users.clear();
             users.resize(self.problem.elems(), Users::default());
@@ -84,10 +99,11 @@ impl<'a> Memory<'a> {
         for (rank, own) in steps.enumerate() {
             for step in own {
                 let Shared::LoadFoldStore { ranges, from, into } = step else {
+                    self.posts[rank] = Some(self.inputs[rank].clone());
                     continue;
                 };
                 for elem in ranges.iter().cloned().flatten() {
-                    self.element(rank, elem, *from, *into, guarded, &mut stores)?;
+                    self.element(rank, elem, *from, *into, guard, &mut stores)?;
                 }
             }
         }
@@ -110,7 +126,7 @@ impl<'a> Memory<'a> {
         elem: usize,
         from: Ranks,
         into: Ranks,
-        guarded: bool,
+        guard: Guard,
         stores: &mut Vec<(Rank, usize, Value)>,
     ) -> Result<(), Flaw> {
         let itself = self.in_place && from == into && matches!(from, Ranks::One(_));
@@ -128,10 +144,18 @@ impl<'a> Memory<'a> {
                     len: self.problem.elems(),
                 });
             }
-            if !itself {
-                self.touch(rank, cell, guarded, false)?;
-            }
-            value = self.inputs[source][elem];
+            value = match &self.posts[source] {
+                Some(_) if !guard.met && source != rank => {
+                    return Err(Flaw::Unguarded { cell, rank });
+                }
+                Some(post) => post[elem],
+                None => {
+                    if !itself {
+                        self.touch(rank, cell, guard, false)?;
+                    }
+                    self.inputs[source][elem]
+                }
+            };
             if from == Ranks::All && value != (Value::Leaf { rank: source, elem }) {
                 return Err(Flaw::Widened {
                     cell,
@@ -149,7 +173,7 @@ impl<'a> Memory<'a> {
                 region: Region::Output,
                 index: elem,
             };
-            if !self.problem.output(target).contains(&elem) {
+            if self.problem.output_index(target, elem).is_none() {
                 return Err(Flaw::Bounds {
                     cell,
                     round: 0,
@@ -158,7 +182,7 @@ impl<'a> Memory<'a> {
             }
             let onto_itself = self.in_place && from == Ranks::One(target);
             if !onto_itself {
-                self.touch(rank, cell, guarded, true)?;
+                self.touch(rank, cell, guard, true)?;
                 stores.push((target, elem, value));
             }
         }
@@ -166,8 +190,8 @@ impl<'a> Memory<'a> {
     }
 
     /// Notes a load or a store.
-    fn touch(&mut self, rank: Rank, cell: Cell, guarded: bool, store: bool) -> Result<(), Flaw> {
-        if !guarded && cell.rank != rank {
+    fn touch(&mut self, rank: Rank, cell: Cell, guard: Guard, store: bool) -> Result<(), Flaw> {
+        if !(guard.met && guard.will_meet) && cell.rank != rank {
             return Err(Flaw::Unguarded { cell, rank });
         }
         let output = cell.region == Region::Output && !self.in_place;
@@ -217,7 +241,7 @@ impl<'a> Memory<'a> {
             &self.outputs
         };
         for (rank, memory) in outputs.iter().enumerate() {
-            for index in self.problem.output(rank) {
+            for index in self.problem.outputs(rank).flatten() {
                 if !memory[index].is_answer(self.problem, index) {
                     return Err(Flaw::Answer {
                         cell: Cell {

@@ -5,18 +5,21 @@ use crate::schedule::{Form, Loc, Move, Ranks, Region, Round, Slot};
 
 /// Every kind by every algorithm, in place and not, for one world and length.
 fn all_are_right(world: usize, elems: usize) {
-    let kinds = [
-        Kind::AllReduce,
-        Kind::ReduceScatter,
-        Kind::AllGather,
-        Kind::Broadcast { root: world / 2 },
-        Kind::Barrier,
-    ];
+    let kinds = Kind::ALL.map(|kind| match kind {
+        Kind::Broadcast { .. } => Kind::Broadcast { root: world / 2 },
+        Kind::Reduce { .. } => Kind::Reduce { root: world / 2 },
+        Kind::Gather { .. } => Kind::Gather { root: world / 2 },
+        Kind::Scatter { .. } => Kind::Scatter { root: world / 2 },
+        other => other,
+    });
     for kind in kinds {
         let elems = if kind == Kind::Barrier { 0 } else { elems };
         for lifted in [false, true] {
             let problem = Problem::even(kind, world, elems).with_lifted(lifted);
             for in_place in [false, true] {
+                if in_place && !problem.has_in_place() {
+                    continue;
+                }
                 for algorithm in Algorithm::ALL {
                     if let Err(flaw) = check(algorithm, &problem, in_place) {
                         panic!(
@@ -26,6 +29,8 @@ fn all_are_right(world: usize, elems: usize) {
                 }
                 check_shared(&problem, in_place)
                     .unwrap_or_else(|flaw| panic!("shared {kind} {world}: {flaw}"));
+                check_posted(&problem, in_place)
+                    .unwrap_or_else(|flaw| panic!("posted {kind} {world}: {flaw}"));
             }
         }
     }

@@ -18,24 +18,49 @@ use rustix::{
     process::{Resource, getrlimit},
 };
 
-use super::{flags::Control, space::Space};
+use super::{
+    flags::{Control, LINES},
+    space::Space,
+};
 use crate::buffer::Slab;
 
-const CONTROL_BYTES: usize = 4 << 10;
+const PAGE_BYTES: usize = 4 << 10;
+const CHANNELS: usize = PAGE_BYTES; // where the channels lie, one a peer
+const CHANNELS_BYTES: usize = 252 << 10;
+
+/// Ranks that a group can have here: each has room for so many channels.
+pub(crate) const MOST_RANKS: usize = CHANNELS_BYTES / size_of::<Channel>();
+
+/// Bytes that a rank can post with a step.
+pub(crate) const POST_BYTES: usize = 16 << 10;
+
+const POSTS: u64 = (CHANNELS + CHANNELS_BYTES) as u64;
 
 /// Bytes of each of the two stages: about as much as a core's nearest large cache keeps beside other work.
 pub(crate) const STAGE_BYTES: usize = 256 << 10;
 
 /// Where the stage that peers load from lies in every arena.
-pub(crate) const STAGE_IN: u64 = CONTROL_BYTES as u64;
+pub(crate) const STAGE_IN: u64 = POSTS + (LINES * POST_BYTES) as u64;
 
 /// Where the stage that peers store to lies in every arena.
 pub(crate) const STAGE_OUT: u64 = STAGE_IN + STAGE_BYTES as u64;
 
-const HEAP: usize = CONTROL_BYTES + 2 * STAGE_BYTES;
+const HEAP: usize = STAGE_OUT as usize + STAGE_BYTES;
 const SMALLEST: usize = HEAP + (1 << 20); // an arena of less is of no use
 
-const _: () = assert!(size_of::<Control>() <= CONTROL_BYTES);
+const _: () = assert!(size_of::<Control>() <= PAGE_BYTES);
+
+/// Where in an arena what its rank posts with `step` lies.
+pub(crate) fn post(step: u32) -> u64 {
+    POSTS + (step as usize % LINES * POST_BYTES) as u64
+}
+
+/// What a rank says to one peer alone: what it sends, and what it has received.
+#[repr(C)]
+pub(super) struct Channel {
+    pub(super) sent: Control<1>,
+    pub(super) received: Control<1>,
+}
 
 /// A whole arena, mapped into this process.
 pub(crate) struct Mapping {
@@ -76,12 +101,21 @@ impl Mapping {
         unsafe { &*self.map.as_ptr().cast::<Control>() }
     }
 
+    /// The flags with which its rank and `peer` speak.
+    pub(super) fn channel(&self, peer: usize) -> &Channel {
+        assert!(peer < MOST_RANKS, "groups are no larger than that");
+        let at = CHANNELS + peer * size_of::<Channel>();
+        // SAFETY: inside the mapping by the assertion and SMALLEST, aligned as CHANNELS starts a page and a `Channel`'s size
+        // is a multiple of its alignment; otherwise as `control`. Test: `two_mappings_of_an_arena_share_its_flags`.
+        unsafe { &*self.map.as_ptr().wrapping_add(at).cast::<Channel>() }
+    }
+
     /// Whether `numel` elements of `dtype` may lie `at` bytes from the start: what a peer announces is asked this.
     pub(crate) fn holds(&self, at: u64, dtype: Dtype, numel: usize) -> bool {
         let end = numel
             .checked_mul(dtype.size())
             .and_then(|bytes| usize::try_from(at).ok()?.checked_add(bytes));
-        at >= STAGE_IN
+        at >= POSTS
             && at.is_multiple_of(dtype.size() as u64)
             && end.is_some_and(|end| end <= self.bytes())
     }
@@ -134,10 +168,10 @@ impl Arena {
         // Beyond this limit a file's size is not only refused: the process gets a signal that ends it.
         let limit = getrlimit(Resource::Fsize).current.unwrap_or(u64::MAX);
         let limit = usize::try_from(limit).unwrap_or(usize::MAX);
-        let mut bytes = bytes.max(SMALLEST).min(limit) & !(CONTROL_BYTES - 1);
+        let mut bytes = bytes.max(SMALLEST).min(limit) & !(PAGE_BYTES - 1);
         loop {
             match Self::of_size(bytes) {
-                Err(_) if bytes / 2 >= SMALLEST => bytes = (bytes / 2) & !(CONTROL_BYTES - 1),
+                Err(_) if bytes / 2 >= SMALLEST => bytes = (bytes / 2) & !(PAGE_BYTES - 1),
                 other => return other,
             }
         }
@@ -230,6 +264,7 @@ fn map(fd: &OwnedFd, bytes: usize) -> io::Result<Mapping> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::wire::shm::flags::Note;
 
     #[test]
     fn a_slab_comes_back_zeroed_and_keeps_the_arena() {
@@ -257,8 +292,19 @@ mod tests {
     fn two_mappings_of_an_arena_share_its_flags() {
         let (arena, fd) = Arena::new(SMALLEST).unwrap();
         let peer = Mapping::of_peer(&fd).unwrap();
-        arena.mapping().control().publish(1, &[5; 9]);
-        assert_eq!(peer.control().arrived(1), Some([5; 9]));
+        let note = Note {
+            print: 4,
+            words: [5; 6],
+        };
+        arena.mapping().control().publish(1, &note, &[6; 6]);
+        assert_eq!(peer.control().arrived(1), Some(note));
+        let channel = |arena: &Mapping| arena.channel(MOST_RANKS - 1).received.arrived(3);
+        arena
+            .mapping()
+            .channel(MOST_RANKS - 1)
+            .received
+            .publish(3, &note, &[6; 6]);
+        assert_eq!(channel(&peer), Some(note));
         let slab = arena.slab(Dtype::F32, 4).unwrap();
         let at = arena.place(slab.address(), slab.bytes()).unwrap();
         fabric_kernels::cast(
@@ -274,7 +320,7 @@ mod tests {
         let (arena, _) = Arena::new(SMALLEST).unwrap();
         let holds = |at, numel| arena.mapping().holds(at, Dtype::F64, numel);
         let end = arena.mapping().bytes() as u64;
-        assert!(holds(STAGE_IN, 1) && holds(end - 8, 1) && holds(end, 0));
+        assert!(holds(POSTS, 1) && holds(end - 8, 1) && holds(end, 0));
         assert!(!holds(0, 1), "the flags are nobody's buffer");
         assert!(!holds(end - 8, 2) && !holds(end + 8, 0) && !holds(STAGE_IN + 4, 1));
         assert!(!holds(u64::MAX - 7, 1) && !holds(STAGE_IN, usize::MAX));

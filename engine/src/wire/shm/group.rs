@@ -1,16 +1,14 @@
-//! The ranks that share memory: everybody's arena, and the step in which all meet.
-//!
-//! [Note: how to wait] A rank spins for some microseconds, yields its core a few times, and then sleeps. With more ranks
-//! than cores it never spins. With enough cores it may still share one with the rank it waits for, because others use
-//! the machine; then spinning only delays that rank, and what helps is the yield. So a wait that ends with a yield halves
-//! the next one's spins, and a wait that ends while spinning doubles them. (Two ranks, 1 KiB all_reduce, both on one core
-//! of a loaded machine: 17 us with 200 spins always, 60 us with 1000; 1.5 us on two idle cores.)
+//! The ranks that share memory: everybody's arena, and the step in which they meet.
 
 use std::{sync::Arc, time::Duration};
 
 use fabric_kernels::Dtype;
 
-use super::{Arena, Mapping, flags::WORDS};
+use super::{
+    Arena, Mapping,
+    flags::{DETAILS, LINES, Note, WORDS},
+    wait::Turns,
+};
 use crate::{
     error::{Error, Result},
     wire::{
@@ -21,51 +19,21 @@ use crate::{
 
 const NAP: Duration = Duration::from_millis(20); // how often a sleeper looks at the signal and the deadline
 const GRACE: Duration = Duration::from_secs(1); // how long a failed peer's own words may take
-const SPINS: u32 = 200; // at most: some 8 us
-const FEW_SPINS: u32 = 8;
-const YIELDS: u32 = 4;
+
+const _: () = assert!(HEADER_BYTES == DETAILS * 8);
 
 /// In place of an offset: these elements are in memory that peers cannot reach.
 pub(crate) const PRIVATE: u64 = u64::MAX;
 
-/// What a rank tells the others when it comes to a step.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Note {
-    /// The operation, as all ranks must agree on it, and which of its steps this is.
-    pub(crate) header: Header,
-    /// Where this rank's input starts in its arena, in bytes, or [`PRIVATE`].
-    pub(crate) input: u64,
-    /// The same of its output.
-    pub(crate) output: u64,
-    /// What this rank's elements are multiplied with.
-    pub(crate) factor: f64,
-}
-
-impl Note {
-    fn encode(&self) -> [u64; WORDS] {
-        let mut words = [0; WORDS];
-        let header = self.header.encode();
-        for (word, bytes) in words.iter_mut().zip(header.as_chunks::<8>().0) {
-            *word = u64::from_le_bytes(*bytes);
-        }
-        words[6] = self.input;
-        words[7] = self.output;
-        words[8] = self.factor.to_bits();
-        words
-    }
-
-    fn decode(words: &[u64; WORDS]) -> Option<Self> {
-        let mut header = [0; HEADER_BYTES];
-        for (bytes, word) in header.as_chunks_mut::<8>().0.iter_mut().zip(words) {
-            *bytes = word.to_le_bytes();
-        }
-        Some(Self {
-            header: Header::decode(&header)?,
-            input: words[6],
-            output: words[7],
-            factor: f64::from_bits(words[8]),
-        })
-    }
+/// For whom a rank waits at a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Needs {
+    /// For everybody.
+    All,
+    /// For one rank, which may be this one.
+    One(usize),
+    /// For nobody.
+    Nobody,
 }
 
 /// A rank's view of the group.
@@ -73,12 +41,16 @@ pub(crate) struct Group {
     rank: usize,
     own: Arc<Arena>,
     peers: Vec<Option<Mapping>>, // none for this rank
-    vigil: Vigil,
-    most_spins: u32,
-    spins: u32, // of the next wait
+    pub(super) vigil: Vigil,
+    pub(super) turns: Turns,
     step: u32,
-    notes: Vec<Note>,    // of the last step, by rank
-    pending: Vec<usize>, // peers that have not come to this step yet
+    met: u32,                          // the last step at which this rank saw everybody
+    words: Vec<[u64; WORDS]>,          // of the last step, by rank: of those that were needed
+    pub(super) pending: Vec<usize>,    // peers that are waited for
+    patience: Duration,                // of the operation
+    due: Option<(Duration, Duration)>, // since when it waits, and until when: read when it first takes long
+    pub(super) sent: Vec<u32>,         // steps of the channels, by peer
+    pub(super) received: Vec<u32>,
 }
 
 impl Group {
@@ -91,17 +63,21 @@ impl Group {
         vigil: Vigil,
         crowded: bool,
     ) -> Self {
-        let most_spins = if crowded { 0 } else { SPINS };
+        let size = peers.len();
         Self {
             rank,
             own,
-            pending: Vec::with_capacity(peers.len()),
             peers,
             vigil,
-            most_spins,
-            spins: most_spins,
+            turns: Turns::new(crowded),
             step: 0,
-            notes: Vec::new(),
+            met: 0,
+            words: vec![[0; WORDS]; size],
+            pending: Vec::with_capacity(size),
+            patience: Duration::MAX,
+            due: None,
+            sent: vec![0; size],
+            received: vec![0; size],
         }
     }
 
@@ -125,43 +101,76 @@ impl Group {
         self.peers[rank].as_ref().unwrap_or(self.own.mapping())
     }
 
-    /// Everybody's note of the last step.
-    pub(crate) fn notes(&self) -> &[Note] {
-        &self.notes
+    /// The words of the last step, by rank: of those that were needed.
+    pub(crate) fn words(&self) -> &[[u64; WORDS]] {
+        &self.words
     }
 
-    /// All ranks meet: each sees what the others stored before, and their notes.
+    /// A new operation begins, which may take so long.
+    pub(crate) fn begin(&mut self, patience: Duration) {
+        self.patience = patience;
+        self.due = None;
+    }
+
+    /// The next step's number, once its line and its post are free to be written: `flags`, [Note: lines].
+    ///
+    /// # Errors
+    /// As [`Group::meet`].
+    pub(crate) fn room(&mut self, header: &Header) -> Result<u32> {
+        let step = self.step.wrapping_add(1);
+        if self.met == self.step {
+            return Ok(step); // everybody has come to the step before
+        }
+        let free = step.wrapping_sub(LINES as u32 - 1);
+        self.expect(Needs::All);
+        loop {
+            let mut pending = std::mem::take(&mut self.pending);
+            pending.retain(|peer| !self.memory(*peer).control().reached(free));
+            self.pending = pending;
+            let Some(&first) = self.pending.first() else {
+                self.turns.learn();
+                return Ok(step);
+            };
+            if !self.turns.pass() {
+                let nap = self.check(header)?;
+                self.memory(first).control().park(free, nap);
+            }
+        }
+    }
+
+    /// Come to the next step with `words`, and wait for those that are needed: their words, and what they stored before,
+    /// are seen then.
     ///
     /// # Errors
     /// When a peer is in another operation, has failed, or does not come in time; when the signal is raised.
-    pub(crate) fn sync(&mut self, note: &Note, deadline: Duration) -> Result<()> {
-        self.step = self.step.wrapping_add(1);
-        self.own
-            .mapping()
-            .control()
-            .publish(self.step, &note.encode());
-        self.notes.clear();
-        self.notes.resize(self.size(), *note);
-        self.pending.clear();
-        let rank = self.rank;
-        self.pending
-            .extend((0..self.peers.len()).filter(|peer| *peer != rank));
-        let started = self.vigil.clock.now();
-        let mut turns = 0;
+    pub(crate) fn meet(
+        &mut self,
+        header: &Header,
+        words: [u64; WORDS],
+        needs: Needs,
+    ) -> Result<()> {
+        self.step = self.room(header)?;
+        let details = details(header);
+        let note = Note {
+            print: print(&details),
+            words,
+        };
+        let control = self.own.mapping().control();
+        control.publish(self.step, &note, &details);
+        self.words[self.rank] = words;
+        self.expect(needs);
         loop {
-            self.look(note)?;
+            self.look(note.print, header)?;
             let Some(&first) = self.pending.first() else {
-                self.learn(turns);
+                self.turns.learn();
+                if needs == Needs::All {
+                    self.met = self.step;
+                }
                 return Ok(());
             };
-            turns += 1;
-            if turns <= self.spins {
-                std::hint::spin_loop();
-            } else if turns <= self.spins + YIELDS {
-                std::thread::yield_now();
-            } else {
-                let left = self.check(note, started, deadline)?;
-                self.memory(first).control().park(self.step, NAP.min(left));
+            if !self.turns.pass() {
+                let nap = self.check(header)?;
+                self.memory(first).control().park(self.step, nap);
             }
         }
     }
@@ -180,46 +189,63 @@ impl Group {
 
     /// This rank comes no more; wakes all that wait for it.
     pub(crate) fn fail(&self) {
-        self.own.mapping().control().fail();
-    }
-
-    /// [Note: how to wait]
-    fn learn(&mut self, turns: u32) {
-        let few = FEW_SPINS.min(self.most_spins);
-        if turns > self.spins && turns <= self.spins + YIELDS {
-            self.spins = (self.spins / 2).max(few);
-        } else if turns > 0 && turns <= self.spins {
-            self.spins = (self.spins * 2).min(self.most_spins);
+        let own = self.own.mapping();
+        own.control().fail();
+        for peer in (0..self.size()).filter(|peer| *peer != self.rank) {
+            own.channel(peer).sent.fail();
+            own.channel(peer).received.fail();
         }
     }
 
-    /// Take the notes of those that have come since the last look.
-    fn look(&mut self, ours: &Note) -> Result<()> {
+    fn expect(&mut self, needs: Needs) {
+        self.pending.clear();
+        let (rank, size) = (self.rank, self.size());
+        let range = match needs {
+            Needs::All => 0..size,
+            Needs::One(one) => one..one + 1,
+            Needs::Nobody => 0..0,
+        };
+        self.pending.extend(range.filter(|peer| *peer != rank));
+    }
+
+    /// Take the words of those that have come since the last look.
+    fn look(&mut self, ours: u64, header: &Header) -> Result<()> {
         let mut index = 0;
         while let Some(&peer) = self.pending.get(index) {
-            let Some(words) = self.memory(peer).control().arrived(self.step) else {
+            let Some(note) = self.memory(peer).control().arrived(self.step) else {
                 index += 1;
                 continue;
             };
-            let Some(theirs) = Note::decode(&words) else {
-                let how = "it left a note in shared memory that is none of this protocol";
-                return Err(self.vigil.ledger.lost(peer, how));
-            };
-            self.vigil.ledger.saw(peer, theirs.header.stamp.sequence);
-            if theirs.header != ours.header {
-                return Err(self.diverged(peer, &ours.header, &theirs.header));
+            if note.print != ours {
+                let theirs = self.memory(peer).control().details(self.step);
+                return Err(self.diverged(peer, header, &theirs));
             }
-            self.notes[peer] = theirs;
+            self.vigil.ledger.saw(peer, header.stamp.sequence);
+            self.words[peer] = note.words;
             self.pending.swap_remove(index);
         }
         Ok(())
     }
 
-    fn diverged(&self, peer: usize, ours: &Header, theirs: &Header) -> Error {
+    /// What is wrong with a peer whose fingerprint is another.
+    pub(super) fn diverged(&self, peer: usize, ours: &Header, theirs: &[u64; DETAILS]) -> Error {
+        let mut bytes = [0; HEADER_BYTES];
+        for (bytes, word) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(theirs) {
+            *bytes = word.to_le_bytes();
+        }
+        let theirs = Header::decode(&bytes).filter(|theirs| theirs != ours);
+        let Some(theirs) = theirs else {
+            let how = "it left a note in shared memory that is none of this protocol";
+            return self.vigil.ledger.lost(peer, how);
+        };
+        self.vigil.ledger.saw(peer, theirs.stamp.sequence);
         let same = ours.stamp == theirs.stamp;
         let text = |header: &Header| {
             if same {
-                format!("{} (step {})", header.stamp, header.round)
+                format!(
+                    "{} (step {}, {} bytes)",
+                    header.stamp, header.round, header.bytes
+                )
             } else {
                 header.stamp.to_string()
             }
@@ -228,53 +254,66 @@ impl Group {
             rank: self.rank,
             peer,
             ours: text(ours),
-            theirs: text(theirs),
+            theirs: text(&theirs),
         }
     }
 
-    /// May we go on waiting? Says how long.
-    fn check(&self, note: &Note, started: Duration, deadline: Duration) -> Result<Duration> {
+    /// May we go on waiting for those that are pending? Says how long.
+    pub(super) fn check(&mut self, header: &Header) -> Result<Duration> {
         self.vigil.signal.check()?;
-        let failed = self
-            .pending
-            .iter()
-            .find(|peer| self.memory(**peer).control().has_failed());
+        let mut pending = self.pending.iter();
+        let failed = pending.find(|peer| self.memory(**peer).control().has_failed());
         if let Some(peer) = failed {
             // The control plane brings its reason, which is better than ours.
-            return Err(self
-                .vigil
-                .signal
-                .wait(GRACE)
-                .unwrap_or_else(|| Error::Aborted {
-                    rank: self.rank,
-                    reason: format!(
-                        "rank {peer} has failed before {}; its own output says why",
-                        note.header.stamp
-                    ),
-                }));
+            let reason = self.vigil.signal.wait(GRACE);
+            return Err(reason.unwrap_or_else(|| Error::Aborted {
+                rank: self.rank,
+                reason: format!(
+                    "rank {peer} has failed before {}; its own output says why",
+                    header.stamp
+                ),
+            }));
         }
         let now = self.vigil.clock.now();
-        if now < deadline {
-            return Ok(deadline - now);
+        let due = (now, now.saturating_add(self.patience));
+        let (since, until) = *self.due.get_or_insert(due);
+        if now < until {
+            return Ok(NAP.min(until - now));
         }
         let mut waiting_for = self.pending.clone();
         waiting_for.sort_unstable();
         Err(Error::Timeout {
             rank: self.rank,
-            operation: note.header.stamp.to_string(),
+            operation: header.stamp.to_string(),
             waiting_for,
-            after: now.saturating_sub(started),
+            after: now.saturating_sub(since),
         })
     }
 }
 
-#[cfg(test)]
+/// A header, as it lies in shared memory.
+pub(super) fn details(header: &Header) -> [u64; DETAILS] {
+    let bytes = header.encode();
+    let words = bytes.as_chunks::<8>().0;
+    std::array::from_fn(|at| u64::from_le_bytes(words[at]))
+}
+
+/// A fingerprint: each word is multiplied to twice its length and folded, as in wyhash (Wang Yi 2019). It tells accidents
+/// apart; a peer that wants to lie can.
+pub(super) fn print(details: &[u64; DETAILS]) -> u64 {
+    details.iter().fold(0x9e37_79b9_7f4a_7c15, |print, word| {
+        let wide = u128::from(print ^ word) * 0xa076_1d64_78bd_642f;
+        (wide >> 64) as u64 ^ wide as u64
+    })
+}
+
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
     use crate::wire::frame::{Label, OpCode, ReduceCode, Stamp};
 
     #[test]
-    fn a_note_survives_the_line() {
+    fn fingerprints_differ_wherever_headers_do() {
         let stamp = Stamp {
             sequence: 3,
             op: OpCode::ReduceScatter,
@@ -283,19 +322,26 @@ mod tests {
             root: 0,
             numel: 12,
             label: Label::Bucket(4),
+            cut: 0,
         };
         let header = Header {
             stamp,
             round: 1,
             bytes: 0,
         };
-        let note = Note {
-            header,
-            input: 4096,
-            output: PRIVATE,
-            factor: -0.5,
-        };
-        assert_eq!(Note::decode(&note.encode()), Some(note));
-        assert_eq!(Note::decode(&[0; WORDS]), None);
+        let mut others = vec![header; 8];
+        others[0].stamp.sequence = 4;
+        others[1].stamp.op = OpCode::AllReduce;
+        others[2].stamp.reduce = ReduceCode::Sum;
+        others[3].stamp.dtype = Dtype::F16;
+        others[4].stamp.root = 1;
+        others[5].stamp.numel = 13;
+        others[6].stamp.cut = 1;
+        others[7].round = 2;
+        let print = |header: &Header| print(&details(header));
+        assert_eq!(print(&header), print(&header.clone()));
+        for (index, other) in others.iter().enumerate() {
+            assert_ne!(print(other), print(&header), "{index}");
+        }
     }
 }

@@ -3,10 +3,12 @@
 //!
 //! ```text
 //! a rank's arena, a sealed memfd:
-//!   0        control: two lines and a bell (flags.rs), written by its owner alone
-//!   4 KiB    stage, in      what a rank with private buffers lends the peers, a window at a time
-//!   260 KiB  stage, out     what the peers store for it
-//!   516 KiB  heap           slabs (space.rs)
+//!   0         control: lines and a bell (flags.rs), written by its owner alone
+//!   4 KiB     channels: the same for each peer, for messages between the two
+//!   256 KiB   posts       small inputs, one slot a line
+//!   320 KiB   stage, in   what a rank with private buffers lends the peers, a window at a time
+//!   576 KiB   stage, out  what the peers store for it
+//!   832 KiB   heap        slabs (space.rs)
 //! ```
 //! An arena has no name in any file system: its descriptor is passed to authenticated peers of the same user, and the
 //! memory is gone with the last process that has it mapped. It is sealed against shrinking, so that no peer can make an
@@ -19,9 +21,15 @@
 //! against its arena's bounds before use; a peer that breaks the protocol can spoil values, not reach other memory.
 
 mod arena;
+mod channel;
 mod flags;
 mod group;
 mod space;
+mod sync;
+mod wait;
 
-pub(crate) use arena::{Arena, Mapping, STAGE_BYTES, STAGE_IN, STAGE_OUT};
-pub(crate) use group::{Group, Note, PRIVATE};
+pub(crate) use arena::{
+    Arena, MOST_RANKS, Mapping, POST_BYTES, STAGE_BYTES, STAGE_IN, STAGE_OUT, post,
+};
+pub(crate) use channel::Letter;
+pub(crate) use group::{Group, Needs, PRIVATE};

@@ -1,10 +1,14 @@
 //! What is done with integers, wrapping, in their own width; and with bools.
 
+use std::ops::{BitAnd, BitOr, BitXor};
+
 use super::{Binary, Unary};
 use crate::dtype::{Bool, Element};
 
 /// An integer in memory and in a register.
-pub(crate) trait Int: Element + Ord {
+pub(crate) trait Int:
+    Element + Ord + BitAnd<Output = Self> + BitOr<Output = Self> + BitXor<Output = Self>
+{
     /// The integer that `value` is, if it is one.
     fn exactly(value: f64) -> Option<Self>;
     fn plus(self, other: Self) -> Self;
@@ -125,10 +129,33 @@ impl<T: Int> Binary<T, T> for IntLarger {
     }
 }
 
-/// True if both are.
+/// The bits, or the truth, of both.
 pub(in crate::simd) struct And;
-/// True if either is.
+/// The bits, or the truth, of either.
 pub(in crate::simd) struct Or;
+/// The bits, or the truth, of one alone.
+pub(in crate::simd) struct Xor;
+
+impl<T: Int> Binary<T, T> for And {
+    #[inline(always)]
+    fn apply(&self, ours: T, theirs: T) -> T {
+        ours & theirs
+    }
+}
+
+impl<T: Int> Binary<T, T> for Or {
+    #[inline(always)]
+    fn apply(&self, ours: T, theirs: T) -> T {
+        ours | theirs
+    }
+}
+
+impl<T: Int> Binary<T, T> for Xor {
+    #[inline(always)]
+    fn apply(&self, ours: T, theirs: T) -> T {
+        ours ^ theirs
+    }
+}
 
 impl Binary<Bool, Bool> for And {
     #[inline(always)]
@@ -141,5 +168,12 @@ impl Binary<Bool, Bool> for Or {
     #[inline(always)]
     fn apply(&self, ours: Bool, theirs: Bool) -> Bool {
         Bool::from((ours.0 | theirs.0) != 0)
+    }
+}
+
+impl Binary<Bool, Bool> for Xor {
+    #[inline(always)]
+    fn apply(&self, ours: Bool, theirs: Bool) -> Bool {
+        Bool::from((ours.0 != 0) != (theirs.0 != 0))
     }
 }

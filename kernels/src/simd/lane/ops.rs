@@ -4,8 +4,10 @@ use std::marker::PhantomData;
 
 use super::{Acc, Binary, Lane, Unary};
 
-/// The value itself.
+/// The value itself, in another type.
 pub(in crate::simd) struct Convert<C>(pub(in crate::simd) PhantomData<C>);
+/// The value itself.
+pub(in crate::simd) struct Same;
 /// The value times a factor.
 pub(in crate::simd) struct Scale<C>(pub(in crate::simd) C);
 /// The value within plus and minus this limit, which is not negative.
@@ -23,6 +25,13 @@ impl<A: Lane, B: Lane, C: Acc> Unary<A, B> for Convert<C> {
     #[inline(always)]
     fn apply(&self, element: A) -> B {
         C::load(element).store()
+    }
+}
+
+impl<A> Unary<A, A> for Same {
+    #[inline(always)]
+    fn apply(&self, element: A) -> A {
+        element
     }
 }
 

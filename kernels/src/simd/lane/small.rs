@@ -7,23 +7,21 @@ pub(super) fn grow<const FRACTION: u32, const BIAS: u32, const SPECIAL: u32>(
     bits: u32,
     width: u32,
 ) -> f32 {
+    if BIAS == 127 {
+        return f32::from_bits(bits << (32 - width)); // the upper bits of an f32
+    }
     let sign = (bits >> (width - 1)) << 31;
     let magnitude = bits & ((1 << (width - 1)) - 1);
     let shifted = magnitude << (23 - FRACTION);
-    let number = if BIAS == 127 {
-        // The exponents are f32's own, subnormals included.
-        shifted
+    let normal = shifted + ((127 - BIAS) << 23);
+    // A subnormal is the fraction of one more than the smallest normal number, less that number. Multiplying the
+    // subnormal f32 in `shifted` instead would cost an assist of a hundred cycles.
+    let smallest = (128 - BIAS) << 23;
+    let subnormal = (f32::from_bits(smallest + shifted) - f32::from_bits(smallest)).to_bits();
+    let number = if magnitude < (1 << FRACTION) {
+        subnormal
     } else {
-        let normal = shifted + ((127 - BIAS) << 23);
-        // A subnormal is the fraction of one more than the smallest normal number, less that number. Multiplying the
-        // subnormal f32 in `shifted` instead would cost an assist of a hundred cycles.
-        let smallest = (128 - BIAS) << 23;
-        let subnormal = (f32::from_bits(smallest + shifted) - f32::from_bits(smallest)).to_bits();
-        if magnitude < (1 << FRACTION) {
-            subnormal
-        } else {
-            normal
-        }
+        normal
     };
     let special = shifted | 0x7f80_0000;
     f32::from_bits(
@@ -41,25 +39,27 @@ pub(super) fn shrink<const FRACTION: u32, const BIAS: u32, const OVERFLOW: u32, 
     value: f32,
     width: u32,
 ) -> u32 {
+    if BIAS == 127 {
+        // The exponents are f32's own, subnormals included, and a carry out of the largest number makes infinity.
+        let (bits, drop) = (value.to_bits(), 32 - width);
+        let rounded = bits.wrapping_add((1 << (drop - 1)) - 1 + ((bits >> drop) & 1)) >> drop;
+        return if value.is_nan() { NAN } else { rounded };
+    }
     let sign = (value.to_bits() >> 31) << (width - 1);
     let magnitude = value.to_bits() & 0x7fff_ffff;
     let drop = 23 - FRACTION;
     // Half of the last place kept, less one, plus the last kept bit: rounds up above the tie, and at it if odd.
     let rounded = magnitude.wrapping_add((1 << (drop - 1)) - 1 + ((magnitude >> drop) & 1));
     let normal = (rounded >> drop).wrapping_sub((127 - BIAS) << FRACTION);
-    let number = if BIAS == 127 {
-        normal
+    // Adding a number whose last place is the smallest subnormal makes the adder round there.
+    let anchor = f32::from_bits((127 + 24 - BIAS - FRACTION) << 23);
+    let subnormal = (f32::from_bits(magnitude) + anchor)
+        .to_bits()
+        .wrapping_sub(anchor.to_bits());
+    let number = if magnitude < ((128 - BIAS) << 23) {
+        subnormal
     } else {
-        // Adding a number whose last place is the smallest subnormal makes the adder round there.
-        let anchor = f32::from_bits((127 + 24 - BIAS - FRACTION) << 23);
-        let subnormal = (f32::from_bits(magnitude) + anchor)
-            .to_bits()
-            .wrapping_sub(anchor.to_bits());
-        if magnitude < ((128 - BIAS) << 23) {
-            subnormal
-        } else {
-            normal
-        }
+        normal
     };
     let number = if number > OVERFLOW { OVERFLOW } else { number };
     sign | if magnitude > 0x7f80_0000 { NAN } else { number }

@@ -1,0 +1,132 @@
+//! The loop behind [`combine`](crate::combine): a few spans meet in registers and go to any number of targets.
+//!
+//! A target may lie exactly over a source, which no check for overlap between loops' operands can vouch for; so a step of
+//! [`STEP`] elements is computed in whole before any of it is stored. Its results are an array that the compiler keeps in
+//! registers.
+
+use std::marker::PhantomData;
+use std::mem::MaybeUninit;
+
+use super::Streamer;
+use super::lane::{Binary, Unary};
+use super::raw::{Reader, Writers};
+use super::stream::{LINE_BYTES, Line};
+use crate::dtype::Element;
+
+/// Elements that are computed before any of them is stored.
+const STEP: usize = 64;
+const _: () = assert!(
+    STEP.is_multiple_of(LINE_BYTES),
+    "a step of any element is whole lines"
+);
+
+/// `into[t][i] = end(tree over j of lift(from[j][i]))`, for two or four spans.
+pub(super) struct Join<'f, 't, 'a, A, B, C, L, F, E, const N: usize> {
+    pub(super) from: [Reader<'f, A>; N],
+    pub(super) into: Writers<'t, 'a, B>,
+    pub(super) lift: L,
+    pub(super) each: F,
+    pub(super) end: E,
+    pub(super) partial: PhantomData<C>,
+    /// Elements before the first line of all targets, if they are streamed.
+    pub(super) lead: Option<usize>,
+}
+
+impl<A, B, C, L, F, E, const N: usize> Streamer for Join<'_, '_, '_, A, B, C, L, F, E, N>
+where
+    A: Element,
+    B: Element,
+    L: Unary<A, C>,
+    F: Binary<C, C>,
+    E: Unary<C, B>,
+{
+    #[inline(always)]
+    fn run<S: Line>(mut self) {
+        let len = self.from[0].len();
+        for from in &self.from {
+            assert_eq!(from.len(), len);
+        }
+        assert_eq!(self.into.len(), len);
+        let streaming = self.lead.is_some();
+        let mut start = 0;
+        let mut short = self.lead.unwrap_or(0).min(len);
+        loop {
+            // An array of its own, because this one is memory: its end is not known to the compiler.
+            let mut results = [MaybeUninit::<B>::uninit(); STEP];
+            for index in 0..short {
+                // SAFETY: start + short <= len. `combine_equals_the_oracle` runs every length.
+                let result = unsafe { self.at(start + index) };
+                results[index].write(result);
+            }
+            // SAFETY: start + short <= len, and that many results were written. `combine_equals_the_oracle` runs every
+            // length.
+            unsafe { self.into.set(start, &results[..short]) };
+            start += short;
+            while len - start >= STEP {
+                let mut results = [MaybeUninit::<B>::uninit(); STEP];
+                for index in 0..STEP {
+                    // SAFETY: start + STEP <= len. `combine_equals_the_oracle` runs every length.
+                    let result = unsafe { self.at(start + index) };
+                    results[index].write(result);
+                }
+                if streaming {
+                    // SAFETY: start + STEP <= len, and all results were written; after the lead all targets start a line,
+                    // and a step is whole lines; `combine` calls `settle`.
+                    unsafe { self.into.stream::<S>(start, &results) };
+                } else {
+                    // SAFETY: start + STEP <= len, and all results were written. `combine_equals_the_oracle` runs every
+                    // length.
+                    unsafe { self.into.set(start, &results) };
+                }
+                start += STEP;
+            }
+            short = len - start;
+            if short == 0 {
+                return;
+            }
+        }
+    }
+}
+
+impl<A, B, C, L, F, E, const N: usize> Join<'_, '_, '_, A, B, C, L, F, E, N>
+where
+    A: Element,
+    B: Element,
+    L: Unary<A, C>,
+    F: Binary<C, C>,
+    E: Unary<C, B>,
+{
+    /// Result `index`.
+    ///
+    /// # Safety
+    ///
+    /// `index` is less than the length of all spans.
+    #[inline(always)]
+    unsafe fn at(&self, index: usize) -> B {
+        const { assert!(N == 2 || N == 4) };
+        let value = if N == 2 {
+            // SAFETY: the caller's promise.
+            unsafe { self.pair(0, index) }
+        } else {
+            // SAFETY: the caller's promise.
+            let left = unsafe { self.pair(0, index) };
+            // SAFETY: the caller's promise.
+            let right = unsafe { self.pair(2, index) };
+            self.each.apply(left, right)
+        };
+        self.end.apply(value)
+    }
+
+    /// # Safety
+    ///
+    /// `index` is less than the length of all spans.
+    #[inline(always)]
+    unsafe fn pair(&self, first: usize, index: usize) -> C {
+        // SAFETY: the caller's promise. `combine_equals_the_oracle` runs every length.
+        let left = unsafe { self.from[first].at(index) };
+        // SAFETY: as above.
+        let right = unsafe { self.from[first + 1].at(index) };
+        self.each
+            .apply(self.lift.apply(left), self.lift.apply(right))
+    }
+}
