@@ -90,6 +90,9 @@ pub struct Args {
     /// Begin buffers so many elements after an aligned address.
     #[arg(short = 'u', long, default_value_t = 0)]
     pub unalign: usize,
+    /// Cut vectors into slices of 0, 1 or 2 times the count: all_gather, reduce_scatter, gather and scatter.
+    #[arg(long)]
+    pub uneven: bool,
     /// Rewrite the input before each iteration, outside the timed part, because inputs that never change stay in peers'
     /// caches. Up to 64 KiB batches of rewrites and operations are timed, and batches of rewrites alone subtracted; above
     /// that, each operation by itself after a barrier.

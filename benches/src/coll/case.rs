@@ -45,6 +45,7 @@ pub struct Buffers {
     data: Option<Data>,
     guards: Vec<Slab>,
     layout: Layout,
+    call: Call,
 }
 
 impl Case {
@@ -84,6 +85,7 @@ impl Case {
             data: Some(data),
             guards,
             layout,
+            call: self.collective.call(self.op, self.count, self.place),
         })
     }
 
@@ -108,11 +110,6 @@ impl Case {
         }
         Ok(inside)
     }
-
-    /// The engine's call.
-    fn call(&self) -> Result<Call> {
-        self.collective.call(self.op, self.place)
-    }
 }
 
 impl Buffers {
@@ -121,7 +118,7 @@ impl Buffers {
         let (recipe, rank) = (case.recipe(seed), case.place.rank);
         let poison = 0x5a ^ seed as u8;
         match self.data.as_mut().expect("memory between two calls") {
-            Data::None => {}
+            Data::None | Data::Many(_) => {}
             Data::InPlace(slab) => {
                 let from = self.layout.in_place.map_or(0, |(_, from, _)| from);
                 slab.as_bytes_mut().fill(poison);
@@ -138,7 +135,7 @@ impl Buffers {
     /// Rewrite the input with some number of the type; which, depends on `turn`.
     pub fn rewrite(&mut self, dtype: Dtype, turn: usize) {
         let (slab, range) = match self.data.as_mut().expect("memory between two calls") {
-            Data::None => return,
+            Data::None | Data::Many(_) => return,
             Data::InPlace(slab) => {
                 let from = self.layout.in_place.map_or(0, |(_, from, _)| from);
                 (slab, from..from + self.layout.input)
@@ -162,9 +159,9 @@ impl Buffers {
     ///
     /// # Errors
     /// The collective's.
-    pub fn run(&mut self, host: &mut Host, case: &Case) -> Result<()> {
+    pub fn run(&mut self, host: &mut Host) -> Result<()> {
         let data = self.data.take().expect("memory between two calls");
-        let work = host.submit(case.call()?.blocking(), data)?;
+        let work = host.submit(self.call.clone().blocking(), data)?;
         self.data = Some(work.wait()?);
         Ok(())
     }
@@ -173,11 +170,11 @@ impl Buffers {
     ///
     /// # Errors
     /// The collective's.
-    pub fn run_together(sets: &mut [Self], host: &mut Host, case: &Case) -> Result<()> {
+    pub fn run_together(sets: &mut [Self], host: &mut Host) -> Result<()> {
         let mut works = Vec::with_capacity(sets.len());
         for set in &mut *sets {
             let data = set.data.take().expect("memory between two calls");
-            works.push(host.submit(case.call()?, data)?);
+            works.push(host.submit(set.call.clone(), data)?);
         }
         for (set, work) in sets.iter_mut().zip(works) {
             set.data = Some(work.wait()?);
@@ -198,7 +195,7 @@ impl Buffers {
         };
         let output = &self.layout.output;
         match self.data.as_ref().expect("memory between two calls") {
-            Data::None => {}
+            Data::None | Data::Many(_) => {}
             Data::InPlace(slab) => {
                 let into = self.layout.in_place.map_or(0, |(_, _, into)| into);
                 let range = into..into + self.layout.output_elems();

@@ -3,10 +3,7 @@
 
 use std::ops::Range;
 
-use fabric_engine::{
-    Error, Result,
-    comm::{Call, Op, Rank},
-};
+use fabric_engine::comm::{Call, Op, Rank};
 
 use super::{args, redop::Redop};
 
@@ -73,6 +70,23 @@ pub struct Place {
     pub ranks: usize,
     /// The root.
     pub root: Rank,
+    /// Whether vectors are cut unevenly.
+    pub is_uneven: bool,
+}
+
+impl Place {
+    /// Elements of `rank`'s slice of a vector that is cut among the ranks.
+    fn slice(self, count: usize, rank: Rank) -> usize {
+        match self.is_uneven {
+            true => count * ((rank + 2) % 3),
+            false => count,
+        }
+    }
+
+    /// Where `rank`'s slice begins.
+    fn start(self, count: usize, rank: Rank) -> usize {
+        (0..rank).map(|before| self.slice(count, before)).sum()
+    }
 }
 
 impl Collective {
@@ -139,14 +153,16 @@ impl Collective {
     }
 
     /// The size in the table: the most elements that a rank sends or receives.
-    pub fn elements(self, count: usize, ranks: usize) -> usize {
+    pub fn elements(self, count: usize, place: Place) -> usize {
+        let ranks = place.ranks;
         match self {
+            Self::AllToAll => count * ranks,
             Self::AllReduce | Self::Broadcast | Self::Reduce | Self::SendRecv => count,
             Self::AllToAllV => (0..ranks)
                 .map(|rank| (0..ranks).map(|to| uneven(count, rank, to)).sum())
                 .max()
                 .unwrap_or(0),
-            _ => count * ranks,
+            _ => place.start(count, ranks),
         }
     }
 
@@ -177,24 +193,25 @@ impl Collective {
 
     /// What lies where for `count` elements.
     pub fn layout(self, count: usize, place: Place) -> Layout {
-        let Place { rank, ranks, root } = place;
+        let Place {
+            rank, ranks, root, ..
+        } = place;
         let is_root = rank == root;
-        let own = rank * count..(rank + 1) * count;
+        let slice = place.slice(count, rank);
+        let own = place.start(count, rank)..place.start(count, rank) + slice;
+        let whole = place.start(count, ranks);
         let segment = |of, range| Segment { of, range };
-        let everybody =
-            |range: Range<usize>| (0..ranks).map(move |of| segment(Some(of), range.clone()));
         let on_root = |here: usize| if is_root { here } else { 0 };
+        let slices = |times: usize| {
+            (0..ranks).map(move |of| segment(Some(of), 0..place.slice(count, of) * times))
+        };
         let (input, output, in_place) = match self {
             Self::AllReduce => (count, vec![segment(None, 0..count)], Some((count, 0, 0))),
-            Self::AllGather => (
-                count,
-                everybody(0..count).collect(),
-                Some((count * ranks, own.start, 0)),
-            ),
+            Self::AllGather => (slice, slices(1).collect(), Some((whole, own.start, 0))),
             Self::ReduceScatter => (
-                count * ranks,
+                whole,
                 vec![segment(None, own.clone())],
-                Some((count * ranks, 0, own.start)),
+                Some((whole, 0, own.start)),
             ),
             Self::Broadcast => (
                 on_root(count),
@@ -206,7 +223,11 @@ impl Collective {
                 vec![segment(None, 0..on_root(count))],
                 Some((count, 0, 0)),
             ),
-            Self::AllToAll => (count * ranks, everybody(own).collect(), None),
+            Self::AllToAll => {
+                let block = rank * count..(rank + 1) * count;
+                let blocks = (0..ranks).map(|of| segment(Some(of), block.clone()));
+                (count * ranks, blocks.collect(), None)
+            }
             Self::AllToAllV => {
                 let before = |of| (0..rank).map(|to| uneven(count, of, to)).sum();
                 let part = |of| {
@@ -221,19 +242,19 @@ impl Collective {
                 (count, vec![segment(Some(previous), 0..count)], None)
             }
             Self::Gather => (
-                count,
-                everybody(0..on_root(count)).collect(),
+                slice,
+                slices(on_root(1)).collect(),
                 Some(match is_root {
-                    true => (count * ranks, own.start, 0),
-                    false => (count, 0, 0),
+                    true => (whole, own.start, 0),
+                    false => (slice, 0, 0),
                 }),
             ),
             Self::Scatter => (
-                on_root(count * ranks),
+                on_root(whole),
                 vec![segment(Some(root), own.clone())],
                 Some(match is_root {
-                    true => (count * ranks, 0, own.start),
-                    false => (count, 0, 0),
+                    true => (whole, 0, own.start),
+                    false => (slice, 0, 0),
                 }),
             ),
             Self::Barrier => (0, Vec::new(), None),
@@ -246,37 +267,51 @@ impl Collective {
     }
 
     /// The engine's call.
-    ///
-    /// # Errors
-    /// When the engine has no such operation.
-    pub fn call(self, op: Option<Redop>, place: Place) -> Result<Call> {
-        let reduction = op.map(|op| (op.name(), op.on_rank(place.rank)));
-        let root = place.root;
-        Ok(Call::new(match (self, reduction) {
-            (Self::AllReduce, Some((_, Some(op)))) => Op::AllReduce(op),
-            (Self::ReduceScatter, Some((_, Some(op)))) => Op::ReduceScatter(op),
-            (Self::AllGather, None) => Op::AllGather,
-            (Self::Broadcast, None) => Op::Broadcast { root },
-            (Self::Barrier, None) => Op::Barrier,
-            (_, reduction) => {
-                let reduction = reduction.map_or("", |(name, _)| name);
-                return Err(Error::argument(
-                    format!("this engine has no {} {reduction}", self.name()),
-                    "Choose another collective or operation",
-                ));
-            }
-        }))
+    pub fn call(self, op: Option<Redop>, count: usize, place: Place) -> Call {
+        let Place {
+            rank, ranks, root, ..
+        } = place;
+        let op = op.unwrap_or(Redop::Sum).on_rank(rank);
+        let call = Call::new(match self {
+            Self::AllReduce => Op::AllReduce(op),
+            Self::ReduceScatter => Op::ReduceScatter(op),
+            Self::AllGather => Op::AllGather,
+            Self::Broadcast => Op::Broadcast { root },
+            Self::Reduce => Op::Reduce { op, root },
+            Self::AllToAll | Self::AllToAllV => Op::AllToAll,
+            Self::SendRecv => Op::SendRecv {
+                to: (rank + 1) % ranks,
+                from: (rank + ranks - 1) % ranks,
+            },
+            Self::Gather => Op::Gather { root },
+            Self::Scatter => Op::Scatter { root },
+            Self::Barrier => Op::Barrier,
+        });
+        if self == Self::AllToAllV {
+            let pairs = (0..ranks * ranks).map(|pair| uneven(count, pair / ranks, pair % ranks));
+            call.counts(pairs.collect::<Vec<_>>())
+        } else if self.is_cut() && place.is_uneven {
+            let slices = (0..ranks).map(|rank| place.slice(count, rank));
+            call.counts(slices.collect::<Vec<_>>())
+        } else {
+            call
+        }
     }
 
-    /// Whether the engine can do it with `op` among `ranks`.
-    pub fn is_possible(self, op: Option<Redop>, ranks: usize) -> bool {
-        let place = Place {
-            rank: 0,
-            ranks,
-            root: 0,
-        };
-        // Nobody sends to itself.
-        (ranks > 1 || self != Self::SendRecv) && self.call(op, place).is_ok()
+    /// Whether one vector is cut into a slice for each rank.
+    pub fn is_cut(self) -> bool {
+        let cut = [
+            Self::AllGather,
+            Self::ReduceScatter,
+            Self::Gather,
+            Self::Scatter,
+        ];
+        cut.contains(&self)
+    }
+
+    /// Whether it can be done among `ranks`: nobody sends to itself.
+    pub fn is_possible(self, ranks: usize) -> bool {
+        ranks > 1 || self != Self::SendRecv
     }
 }
 
@@ -293,28 +328,48 @@ mod tests {
     #[test]
     fn outputs_name_elements_that_somebody_puts_in() {
         for collective in Collective::ALL {
-            for ranks in 1..=8 {
+            for (ranks, is_uneven) in (1..=8).flat_map(|ranks| [(ranks, false), (ranks, true)]) {
                 for root in 0..ranks {
-                    let layout = |rank| collective.layout(6, Place { rank, ranks, root });
+                    let place = |rank| Place {
+                        rank,
+                        ranks,
+                        root,
+                        is_uneven,
+                    };
+                    let layout = |rank| collective.layout(6, place(rank));
                     for rank in 0..ranks {
-                        let layout_here = layout(rank);
-                        for segment in &layout_here.output {
+                        let here = layout(rank);
+                        let what = format!("{collective:?} {:?}", place(rank));
+                        for segment in &here.output {
                             let sender = segment.of.unwrap_or(rank);
-                            assert!(
-                                segment.range.end <= layout(sender).input.max(layout_here.input),
-                                "{collective:?} {rank}/{ranks} root {root}: {segment:?}"
-                            );
+                            assert!(segment.range.end <= layout(sender).input, "{what}");
                         }
-                        let most = collective.elements(6, ranks);
-                        if let Some((slab, from, into)) = layout_here.in_place {
-                            assert!(from + layout_here.input <= slab, "{collective:?}");
-                            assert!(into + layout_here.output_elems() <= slab, "{collective:?}");
-                            assert!(slab <= most);
+                        if let Some((slab, from, into)) = here.in_place {
+                            assert!(from + here.input <= slab, "{what}");
+                            assert!(into + here.output_elems() <= slab, "{what}");
+                            assert!(slab <= collective.elements(6, place(rank)), "{what}");
                         }
                     }
                 }
             }
         }
+    }
+
+    #[test]
+    fn uneven_slices_are_zero_one_or_two_counts() {
+        let place = Place {
+            rank: 1,
+            ranks: 3,
+            root: 0,
+            is_uneven: true,
+        };
+        let layout = Collective::AllGather.layout(5, place);
+        assert_eq!((layout.input, layout.in_place), (0, Some((15, 10, 0))));
+        let call = Collective::Scatter.call(None, 5, place);
+        assert_eq!(*call.counts.unwrap(), [10, 0, 5]);
+        let call = Collective::AllToAllV.call(None, 5, place);
+        assert_eq!(*call.counts.unwrap(), [0, 10, 5, 5, 0, 10, 10, 5, 0]);
+        assert_eq!(Collective::AllReduce.call(None, 5, place).counts, None);
     }
 
     #[test]

@@ -136,6 +136,9 @@ mod tests {
             Redop::Prod => Fold::Prod,
             Redop::Min => Fold::Min,
             Redop::Max => Fold::Max,
+            Redop::And => Fold::And,
+            Redop::Or => Fold::Or,
+            Redop::Xor => Fold::Xor,
             _ => Fold::Sum,
         };
         let partial = match op {
@@ -191,7 +194,7 @@ mod tests {
     fn every_order_of_ranks_gives_the_expected_bits() {
         for dtype in Dtype::ALL {
             for op in Redop::ALL {
-                if !op.takes(dtype) || op.is_bitwise() {
+                if !op.takes(dtype) {
                     continue;
                 }
                 for ranks in 1..=64 {
@@ -261,34 +264,17 @@ mod tests {
     }
 
     #[test]
-    fn bitwise_results_are_those_of_the_integers() {
+    fn bitwise_results_have_ones_and_zeros() {
         for op in Redop::ALL.into_iter().filter(|op| op.is_bitwise()) {
-            for ranks in 1..=64 {
-                let recipe = Recipe {
-                    dtype: Dtype::U32,
-                    op: Some(op),
-                    ranks,
-                    seed: 1,
-                };
-                let own = |rank| {
-                    let mut words = [0u32; SPAN];
-                    recipe.write(rank, 7, bytemuck::cast_slice_mut(&mut words));
-                    words
-                };
-                let join = |a: u32, b: u32| match op {
-                    Redop::And => a & b,
-                    Redop::Or => a | b,
-                    _ => a ^ b,
-                };
-                let sum = (1..ranks).fold(own(0), |sum, rank| {
-                    let next = own(rank);
-                    std::array::from_fn(|index| join(sum[index], next[index]))
-                });
-                let mut expected = [0u32; SPAN];
-                recipe.reduced(7, bytemuck::cast_slice_mut(&mut expected));
-                assert_eq!(sum, expected, "{} of {ranks}", op.name());
-                assert!(sum.iter().any(|word| *word != 0 && *word != u32::MAX));
-            }
+            let recipe = Recipe {
+                dtype: Dtype::U32,
+                op: Some(op),
+                ranks: 64,
+                seed: 1,
+            };
+            let mut words = [0u32; SPAN];
+            recipe.reduced(7, bytemuck::cast_slice_mut(&mut words));
+            assert!(words.iter().any(|word| *word != 0 && *word != u32::MAX));
         }
     }
 

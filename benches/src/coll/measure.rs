@@ -87,7 +87,7 @@ impl Bench<'_> {
     /// The collective's.
     pub fn times(&mut self, case: &Case, sets: &mut [Buffers], bytes: usize) -> Result<Times> {
         for _ in 0..self.args.warmup_iters {
-            self.iteration(case, sets, 0)?;
+            self.iteration(sets, 0)?;
         }
         if self.args.dirty {
             if bytes <= BATCHED_BYTES {
@@ -98,7 +98,7 @@ impl Bench<'_> {
         } else if self.args.blocking == 1 {
             self.isolated(case, sets, false)
         } else {
-            self.back_to_back(case, sets)
+            self.back_to_back(sets)
         }
     }
 
@@ -118,23 +118,23 @@ impl Bench<'_> {
         Ok((budget / slowest.max(1e-9)).clamp(least, MOST) as usize)
     }
 
-    fn iteration(&mut self, case: &Case, sets: &mut [Buffers], turn: usize) -> Result<()> {
+    fn iteration(&mut self, sets: &mut [Buffers], turn: usize) -> Result<()> {
         let together = self.args.agg_iters;
         if together > 1 {
-            return Buffers::run_together(&mut sets[..together], self.host, case);
+            return Buffers::run_together(&mut sets[..together], self.host);
         }
         let turn = turn % sets.len();
-        sets[turn].run(self.host, case)
+        sets[turn].run(self.host)
     }
 
-    fn back_to_back(&mut self, case: &Case, sets: &mut [Buffers]) -> Result<Times> {
-        let iterations = self.iterations(|bench| bench.iteration(case, sets, 1))?;
+    fn back_to_back(&mut self, sets: &mut [Buffers]) -> Result<Times> {
+        let iterations = self.iterations(|bench| bench.iteration(sets, 1))?;
         let mut laps = Vec::new();
         self.host.barrier()?;
         let start = self.clock.now();
         let mut before = start;
         for turn in 0..iterations {
-            self.iteration(case, sets, turn)?;
+            self.iteration(sets, turn)?;
             if self.args.per_iter_timing {
                 let now = self.clock.now();
                 laps.push(self.per_operation(now - before));
@@ -162,7 +162,7 @@ impl Bench<'_> {
     }
 
     fn isolated(&mut self, case: &Case, sets: &mut [Buffers], dirty: bool) -> Result<Times> {
-        let iterations = self.iterations(|bench| bench.iteration(case, sets, 1))?;
+        let iterations = self.iterations(|bench| bench.iteration(sets, 1))?;
         let mut laps = Vec::with_capacity(iterations);
         for turn in 0..iterations {
             if dirty {
@@ -171,7 +171,7 @@ impl Bench<'_> {
             }
             self.host.barrier()?;
             let start = self.clock.now();
-            self.iteration(case, sets, turn)?;
+            self.iteration(sets, turn)?;
             laps.push(self.per_operation(self.clock.now() - start));
         }
         self.slowest(&laps)
@@ -195,7 +195,7 @@ impl Bench<'_> {
             sets.iter_mut()
                 .for_each(|set| set.rewrite(case.dtype, turn));
             if operate {
-                self.iteration(case, sets, turn)?;
+                self.iteration(sets, turn)?;
             }
         }
         Ok(self.clock.now() - start)

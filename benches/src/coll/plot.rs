@@ -164,7 +164,7 @@ pub fn draw(lines: &[Line], title: &str) -> Option<String> {
     for tick in y.ticks() {
         for part in [1.0, 2.0, 5.0] {
             let at = y.place(tick * part);
-            if at < TOP - 0.5 || at > HEIGHT - BOTTOM + 0.5 {
+            if !(TOP - 0.5..=HEIGHT - BOTTOM + 0.5).contains(&at) {
                 continue;
             }
             let colour = if part == 1.0 { "#cccccc" } else { "#ececec" };

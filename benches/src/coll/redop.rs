@@ -76,16 +76,18 @@ impl Redop {
         1 + (rank as u32) % 2
     }
 
-    /// The engine's word for it on `rank`; `None` when the engine has none.
-    pub fn on_rank(self, rank: Rank) -> Option<ReduceOp> {
-        Some(match self {
+    /// The engine's word for it on `rank`.
+    pub fn on_rank(self, rank: Rank) -> ReduceOp {
+        match self {
             Self::Sum => ReduceOp::Sum,
             Self::Prod => ReduceOp::Prod,
             Self::Min => ReduceOp::Min,
             Self::Max => ReduceOp::Max,
             Self::Avg => ReduceOp::Avg,
             Self::MulSum => ReduceOp::PreMulSum(f64::from(Self::factor(rank))),
-            Self::And | Self::Or | Self::Xor => return None,
-        })
+            Self::And => ReduceOp::BitAnd,
+            Self::Or => ReduceOp::BitOr,
+            Self::Xor => ReduceOp::BitXor,
+        }
     }
 }

@@ -10,7 +10,7 @@ use super::{
     case::{Case, Memory},
     cases,
     check::Wrong,
-    collective::Collective,
+    collective::{Collective, Place},
     place,
     redop::Redop,
     stage::Stage,
@@ -26,12 +26,14 @@ const LONG_TYPES: [Dtype; 4] = [Dtype::F32, Dtype::BF16, Dtype::I64, Dtype::U8];
 /// Bytes for one op each: -e, and some in between.
 const LARGEST_TYPES: [Dtype; 2] = [Dtype::F32, Dtype::BF16];
 
-/// How a length is tried: in place, private, unaligned by so many elements.
-const FORMS: [(bool, bool, usize); 4] = [
-    (false, false, 0),
-    (true, false, 1),
-    (false, true, 3),
-    (true, true, 0),
+/// How a length is tried: in place, private, unaligned by so many elements, cut unevenly (where it is cut at all).
+const FORMS: [(bool, bool, usize, bool); 6] = [
+    (false, false, 0, false),
+    (true, false, 1, false),
+    (false, true, 3, false),
+    (true, true, 0, false),
+    (false, false, 1, true),
+    (true, true, 3, true),
 ];
 
 /// Check everything that `args` names, on this rank.
@@ -70,7 +72,7 @@ fn explain(args: &Args) {
     );
     say!(
         "# each: in place and out of place, in the communicator's memory and in private, aligned and 1 or 3 elements off; \
-         all roots at the short lengths"
+         cut evenly and not, and all roots, at the short lengths"
     );
     say!(
         "# guards of 128 bytes around each buffer, and inputs apart from outputs, must not change"
@@ -100,16 +102,23 @@ fn one_line(
             _ => elements.div_ceil(stage.ranks()),
         };
         for root in roots {
-            for (number, (is_in_place, is_private, unalign)) in FORMS.into_iter().enumerate() {
+            for (number, (is_in_place, is_private, unalign, is_uneven)) in
+                FORMS.into_iter().enumerate()
+            {
+                let place = Place {
+                    is_uneven,
+                    ..place(stage, args, root)
+                };
                 let case = Case {
                     collective,
                     op,
                     dtype,
                     count,
-                    place: place(stage, root),
+                    place,
                     is_in_place,
                 };
-                if case.exists() && (is_short || number < 2) {
+                let cut = collective.is_cut() || !is_uneven;
+                if case.exists() && cut && (is_short || number < 2) {
                     let memory = Memory {
                         is_private,
                         unalign,
@@ -167,6 +176,6 @@ fn lengths(
 fn once(host: &mut Host, case: &Case, memory: Memory, seed: u32) -> Result<Wrong> {
     let mut buffers = case.buffers(host, memory)?;
     buffers.fill(case, seed);
-    buffers.run(host, case)?;
+    buffers.run(host)?;
     Ok(buffers.check(case, seed))
 }
