@@ -23,8 +23,19 @@ const SHORT: [usize; 6] = [0, 1, 5, 257, 4_099, 35_021];
 /// Elements for some types: past windows and segments.
 const LONG: [usize; 2] = [300_007, 1_048_583];
 const LONG_TYPES: [Dtype; 4] = [Dtype::F32, Dtype::BF16, Dtype::I64, Dtype::U8];
-/// Bytes for one op each: -e, and some in between.
-const LARGEST_TYPES: [Dtype; 2] = [Dtype::F32, Dtype::BF16];
+/// Up to -e bytes with one op each: a 16th of it, and for the first type all of it.
+const LARGE_TYPES: [Dtype; 2] = [Dtype::F32, Dtype::BF16];
+
+/// How long a vector is, and how much is tried with it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Length {
+    /// All forms and roots.
+    Short,
+    /// In place and out of place.
+    Long,
+    /// One of the two: which, changes with the number of ranks.
+    Largest,
+}
 
 /// How a length is tried: in place, private, unaligned by so many elements, cut unevenly (where it is cut at all).
 const FORMS: [(bool, bool, usize, bool); 6] = [
@@ -66,8 +77,10 @@ fn explain(args: &Args) {
     say!("# every type: {SHORT:?} elements");
     say!("# {}: {LONG:?} elements too", names(&LONG_TYPES).join(", "));
     say!(
-        "# {} (sum, or no op): up to {} bytes too",
-        names(&LARGEST_TYPES).join(", "),
+        "# {} (sum, or no op): {} bytes too, and {}: {} bytes",
+        names(&LARGE_TYPES).join(", "),
+        args.maxbytes / 16,
+        type_name(LARGE_TYPES[0]),
         args.maxbytes
     );
     say!(
@@ -89,10 +102,10 @@ fn one_line(
     dtype: Dtype,
 ) -> Result<Wrong> {
     let (mut wrong, mut sizes, mut runs) = (Wrong::default(), 0, 0);
-    for (elements, is_short) in lengths(args, collective, op, dtype, stage.ranks()) {
+    for (elements, length) in lengths(args, collective, op, dtype, stage.ranks()) {
         sizes += 1;
         // All roots at short lengths only, and each form once.
-        let roots = match collective.is_rooted() && is_short {
+        let roots = match collective.is_rooted() && length == Length::Short {
             true => 0..stage.ranks(),
             false => 0..1,
         };
@@ -117,8 +130,12 @@ fn one_line(
                     place,
                     is_in_place,
                 };
-                let cut = collective.is_cut() || !is_uneven;
-                if case.exists() && cut && (is_short || number < 2) {
+                let wanted = match length {
+                    Length::Short => collective.is_cut() || !is_uneven,
+                    Length::Long => number < 2,
+                    Length::Largest => number == usize::from(form_of_largest(collective, stage)),
+                };
+                if case.exists() && wanted {
                     let memory = Memory {
                         is_private,
                         unalign,
@@ -149,27 +166,44 @@ fn one_line(
     Ok(wrong)
 }
 
-/// The lengths for a type, in elements of the full vector, and whether they are of the short ones.
+/// Whether the largest length is tried in place.
+fn form_of_largest(collective: Collective, stage: &Stage) -> bool {
+    let in_place = collective.layout(0, place_of_first(stage)).in_place;
+    in_place.is_some() && stage.ranks().is_multiple_of(2)
+}
+
+fn place_of_first(stage: &Stage) -> Place {
+    Place {
+        rank: 0,
+        ranks: stage.ranks(),
+        root: 0,
+        is_uneven: false,
+    }
+}
+
+/// The lengths for a type, in elements of the full vector.
 fn lengths(
     args: &Args,
     collective: Collective,
     op: Option<Redop>,
     dtype: Dtype,
     ranks: usize,
-) -> Vec<(usize, bool)> {
+) -> Vec<(usize, Length)> {
     if collective == Collective::Barrier {
-        return vec![(0, true)];
+        return vec![(0, Length::Short)];
     }
-    let fits = |elements: &usize| elements * dtype.size() <= args.maxbytes;
-    let mut lengths: Vec<_> = SHORT.into_iter().map(|elements| (elements, true)).collect();
+    let mut lengths = SHORT.map(|elements| (elements, Length::Short)).to_vec();
     if LONG_TYPES.contains(&dtype) {
-        lengths.extend(LONG.into_iter().map(|elements| (elements, false)));
+        lengths.extend(LONG.map(|elements| (elements, Length::Long)));
     }
-    if LARGEST_TYPES.contains(&dtype) && op.is_none_or(|op| op == Redop::Sum) {
-        let largest = args.maxbytes / dtype.size() / ranks * ranks;
-        lengths.extend([largest / 16, largest].map(|elements| (elements, false)));
+    if LARGE_TYPES.contains(&dtype) && op.is_none_or(|op| op == Redop::Sum) {
+        let most = args.maxbytes / dtype.size() / ranks * ranks;
+        lengths.push((most / 16, Length::Long));
+        if dtype == LARGE_TYPES[0] {
+            lengths.push((most, Length::Largest));
+        }
     }
-    lengths.retain(|(elements, _)| fits(elements));
+    lengths.retain(|(elements, _)| elements * dtype.size() <= args.maxbytes);
     lengths
 }
 
