@@ -1,15 +1,20 @@
 //! How fast the kernels are on one core, beside a plain copy.
 //!
-//! `cargo run --release -p fabric-kernels --example speeds`. GB/s counts every byte read and every byte written once; a
-//! time is the best of several.
+//! `cargo run --release -p fabric-kernels --example speeds [combine]`. GB/s counts every byte read and every byte
+//! written once; a time is the best of several. A `combine` is beside its limit: as many bytes copied, by the same kind
+//! of stores.
 
 use std::time::{Duration, Instant};
 
 use fabric_kernels::{Adam, Lion, Rule, Sgd, update};
 use fabric_kernels::{Element, Span, SpanMut, SquareBins, cast, sum_squares};
+use fabric_kernels::{Finish, Fold, KernelError, Store, combine};
 use half::bf16;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
+    if std::env::args().nth(1).as_deref() == Some("combine") {
+        return Ok(combines()?);
+    }
     for elems in [1 << 15, 1 << 24] {
         println!("# {elems} elements");
         let x: Vec<f32> = normal(elems, 0);
@@ -26,7 +31,100 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         norms("f64", &wide)?;
         updates(&x, &small)?;
     }
+    Ok(combines()?)
+}
+
+fn combines() -> Result<(), KernelError> {
+    println!("# combine: operand, sources -> targets");
+    for bytes in [8 << 10, 64 << 10, 512 << 10, 64 << 20] {
+        for store in [Store::Cached, Store::Streaming] {
+            sums("f32", bytes, store, |i| i as f32)?;
+            sums("bf16", bytes, store, |i| bf16::from_f32(i as f32))?;
+        }
+    }
+    println!("# combine: a call, 2 -> 2");
+    for elems in [1, 2, 8, 16, 32, 63, 64] {
+        let (a, b) = (vec![1.0f32; elems], vec![2.0f32; elems]);
+        let (mut x, mut y) = (a.clone(), b.clone());
+        let mut targets = [SpanMut::of(&mut x), SpanMut::of(&mut y)];
+        let time = best(1 << 16, || {
+            let sources = [Span::of(&a), Span::of(&b)];
+            let (sources, targets) = std::hint::black_box((&sources, &mut targets));
+            combine(
+                Fold::Sum,
+                sources,
+                None,
+                Finish::Cast,
+                targets,
+                Store::Cached,
+            )
+        })?;
+        println!("{elems:>12} f32  {:>8.1} ns", time * 1e9);
+    }
     Ok(())
+}
+
+/// Sums of 2 and 4 sources for 2 and 4 targets, each operand with so many bytes.
+fn sums<T: Element>(
+    name: &str,
+    bytes: usize,
+    store: Store,
+    value: impl Fn(usize) -> T,
+) -> Result<(), KernelError> {
+    const LINE_BYTES: usize = 64; // every operand starts a line
+    let (elems, slack) = (bytes / size_of::<T>(), LINE_BYTES / size_of::<T>());
+    let buffer = || -> Vec<T> { (0..elems + slack).map(&value).collect() };
+    let (from, mut into) = ([(); 4].map(|()| buffer()), [(); 4].map(|()| buffer()));
+    let lead = |buffer: &[T]| {
+        let start = buffer.as_ptr().cast::<[u8; 1]>();
+        start.align_offset(LINE_BYTES) / size_of::<T>()
+    };
+    let sources = from
+        .each_ref()
+        .map(|buffer| Span::of(&buffer[lead(buffer)..][..elems]));
+    let mut targets = into.each_mut().map(|buffer| {
+        let lead = lead(buffer);
+        SpanMut::of(&mut buffer[lead..][..elems])
+    });
+    for (s, t) in [(2, 2), (2, 4), (4, 2), (4, 4)] {
+        let repeats = ((1 << 26) / (bytes * (s + t))).max(1);
+        let time = best(repeats, || {
+            let (from, into) = (&sources[..s], &mut targets[..t]);
+            combine(Fold::Sum, from, None, Finish::Cast, into, store)
+        })?;
+        let limit = best(repeats, || {
+            for copy in 0..(s + t) / 2 {
+                let (from, into) = (&sources[copy % s..][..1], &mut targets[copy % t..][..1]);
+                combine(Fold::Sum, from, None, Finish::Cast, into, store)?;
+            }
+            Ok(())
+        })?;
+        let speed = |time: f64| (bytes * (s + t)) as f64 / time / 1e9;
+        println!(
+            "{:>10} KiB {name:>5} {s} -> {t} {store:?}  {:>8.1} GB/s, copied {:>8.1} GB/s, time {:.2} of it",
+            bytes >> 10,
+            speed(time),
+            speed(limit),
+            time / limit
+        );
+    }
+    Ok(())
+}
+
+/// Seconds of one call, in the best of several runs of `repeats` calls.
+fn best(
+    repeats: usize,
+    mut kernel: impl FnMut() -> Result<(), KernelError>,
+) -> Result<f64, KernelError> {
+    let mut best = Duration::MAX;
+    for _ in 0..9 {
+        let start = Instant::now();
+        for _ in 0..repeats {
+            kernel()?;
+        }
+        best = best.min(start.elapsed());
+    }
+    Ok(best.as_secs_f64() / repeats as f64)
 }
 
 fn norms<T: Element>(name: &str, x: &[T]) -> Result<(), Box<dyn std::error::Error>> {

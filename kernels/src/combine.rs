@@ -1,19 +1,19 @@
 //! A whole reduction in one pass: elements of several spans are folded in the canonical tree, finished, and stored in
 //! several places, a block at a time that never leaves the nearest cache.
 //!
-//! [Note: canonical tree] The order in which sources meet depends on their numbers only: blocks of 2^k sources that start
-//! at multiples of 2^k, and where a right side is missing the left one goes up alone.
+//! [Note: canonical tree] The order in which sources meet depends on their numbers only: blocks of 2^k sources that
+//! start at multiples of 2^k, and where a right side is missing the left one goes up alone.
 //!
 //! ```text
 //! 0   1   2   3   4
-//!  \\ /     \\ /    |     ((0 + 1) + (2 + 3)) + 4
-//!    \\_____/      |
-//!       \\_________/
+//!  \ /     \ /    |     ((0 + 1) + (2 + 3)) + 4
+//!    \_____/      |
+//!        \_______/
 //! ```
 //!
-//! Two and four sources, by far the commonest, are folded in registers. Others go through a stack of blocks that wait for
-//! their right side, each standing for more sources than the next: what is done to a block there is done by the verbs of
-//! this crate, so the bits are theirs.
+//! Two and four sources, by far the commonest, are folded in registers. Others go through a stack of blocks that wait
+//! for their right side, each standing for more sources than the next: what is done to a block there is done by the
+//! verbs of this crate, so the bits are theirs.
 
 use std::ops::Range;
 
@@ -54,14 +54,14 @@ pub enum Store {
 /// `targets[t][i] = finish(sources[0][i] op sources[1][i] op ..)`, in one pass over the elements.
 ///
 /// Sources meet in the canonical tree, `((0 + 1) + (2 + 3)) + 4`: blocks of 2^k sources that start at multiples of 2^k,
-/// whatever arrives first. Each is first multiplied by its factor, if there are `factors`, as [`cast_scaled`] does. f16,
-/// bf16 and f8 are folded in f32, f64 in f64, and rounded once, at the end. A single source without a factor or a finish
-/// is copied, whatever its dtype and whatever the fold.
+/// whatever arrives first. Each is first multiplied by its factor, if there are `factors`, as [`cast_scaled`] does.
+/// f16, bf16 and f8 are folded in f32, f64 in f64, and rounded once, at the end. A single source without a factor or a
+/// finish is copied, whatever its dtype and whatever the fold.
 ///
-/// All spans have one dtype and one length. Targets do not overlap one another; a target may lie exactly where one of the
-/// sources does (both from `from_raw`), because a block is loaded from all sources before it is stored to any target. No
-/// other overlap is allowed. Nothing is allocated. After [`Store::Streaming`] the stores are ordered before whatever this
-/// thread stores next, as ordinary ones are.
+/// All spans have one dtype and one length. Targets do not overlap one another; a target may lie exactly where one of
+/// the sources does (both from `from_raw`), because a block is loaded from all sources before it is stored to any
+/// target. No other overlap is allowed. Nothing is allocated. After [`Store::Streaming`] the stores are ordered before
+/// whatever this thread stores next, as ordinary ones are.
 ///
 /// Panics with more than 65536 sources.
 ///
@@ -88,7 +88,7 @@ pub fn combine(
         op,
         sources,
         factors,
-        finish,
+        finish: &finish,
     };
     let (dtype, len) = work.check(targets)?;
     if len == 0 || targets.is_empty() {
@@ -109,13 +109,13 @@ struct Work<'w, 'a> {
     op: Fold,
     sources: &'w [Span<'a>],
     factors: Option<&'w [f64]>,
-    finish: Finish,
+    finish: &'w Finish, // copying what the caller has just written in parts would wait for it
 }
 
 impl Work<'_, '_> {
     /// The elements are what they were.
     fn is_copy(&self) -> bool {
-        self.sources.len() == 1 && self.factors.is_none() && self.finish == Finish::Cast
+        self.sources.len() == 1 && self.factors.is_none() && matches!(self.finish, Finish::Cast)
     }
 
     /// One loop takes an element all the way in registers.
@@ -209,13 +209,13 @@ impl Work<'_, '_> {
         store: Store,
     ) -> bool {
         let factor = match self.finish {
-            Finish::Scale(factor) if self.is_joined() => factor,
+            Finish::Scale(factor) if self.is_joined() => *factor,
             _ => 1.0, // which changes no number
         };
-        match from {
-            [a, b] => join(self.op, [*a, *b], into, factor, targets, store),
-            [a, b, c, d] => join(self.op, [*a, *b, *c, *d], into, factor, targets, store),
-            _ => unreachable!("two or four spans"),
+        match from.len() {
+            2 => join::<2>(self.op, from, into, factor, targets, store),
+            4 => join::<4>(self.op, from, into, factor, targets, store),
+            count => unreachable!("two or four spans, not {count}"),
         }
     }
 
@@ -258,13 +258,13 @@ impl Work<'_, '_> {
             Finish::Cast if partial == dtype => return Ok(scratch.span(0, dtype, len)),
             Finish::Divide(by) => {
                 let value = scratch.span_mut(0, dtype, len);
-                with_integer!(dtype, |T| simd::divide_in_place::<T>(value, by), else unreachable!("checked"));
+                with_integer!(dtype, |T| simd::divide_in_place::<T>(value, *by), else unreachable!("checked"));
                 return Ok(scratch.span(0, dtype, len));
             }
             _ => scratch.pair((0, partial), (1, dtype), len),
         };
         match self.finish {
-            Finish::Scale(factor) => cast_scaled(value, result, factor)?,
+            Finish::Scale(factor) => cast_scaled(value, result, *factor)?,
             _ => cast(value, result)?,
         }
         Ok(scratch.span(1, dtype, len))
@@ -351,7 +351,7 @@ impl Work<'_, '_> {
 /// As [`Work::join`].
 fn join<const N: usize>(
     op: Fold,
-    from: [Span<'_>; N],
+    from: &[Span<'_>],
     into: Dtype,
     factor: f64,
     targets: &mut [SpanMut<'_>],
@@ -373,10 +373,10 @@ fn join<const N: usize>(
         with_integer!(
             dtype,
             |T| simd::join_ordered::<T, N>(op, from, targets, store),
-            else simd::join_bools(op, from, targets, store)
+            else simd::join_bools::<N>(op, from, targets, store)
         )
     } else if dtype == Dtype::Bool {
-        simd::join_bools(op, from, targets, store)
+        simd::join_bools::<N>(op, from, targets, store)
     } else {
         match dtype.size() {
             1 => simd::join_bits::<u8, N>(op, from, targets, store),

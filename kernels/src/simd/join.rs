@@ -1,8 +1,8 @@
 //! The loop behind [`combine`](crate::combine): a few spans meet in registers and go to any number of targets.
 //!
-//! A target may lie exactly over a source, which no check for overlap between loops' operands can vouch for; so a step of
-//! [`STEP`] elements is computed in whole before any of it is stored. Its results are an array that the compiler keeps in
-//! registers.
+//! A target may lie exactly over a source, which no check for overlap between loops' operands can vouch for; so a step
+//! of [`STEP`] elements is computed in whole before any of it is stored. Its results are an array that the compiler
+//! keeps in registers.
 
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
@@ -19,6 +19,9 @@ const _: () = assert!(
     STEP.is_multiple_of(LINE_BYTES),
     "a step of any element is whole lines"
 );
+
+/// Elements that are quicker stored one by one than by a call of memcpy.
+const FEW: usize = 8;
 
 /// `into[t][i] = end(tree over j of lift(from[j][i]))`, for two or four spans.
 pub(super) struct Join<'f, 't, 'a, A, B, C, L, F, E, const N: usize> {
@@ -51,31 +54,38 @@ where
         let mut start = 0;
         let mut short = self.lead.unwrap_or(0).min(len);
         loop {
-            // An array of its own, because this one is memory: its end is not known to the compiler.
-            let mut results = [MaybeUninit::<B>::uninit(); STEP];
-            for index in 0..short {
-                // SAFETY: start + short <= len. `combine_equals_the_oracle` runs every length.
-                let result = unsafe { self.at(start + index) };
-                results[index].write(result);
+            if short <= FEW {
+                for index in start..start + short {
+                    // SAFETY: start + short <= len. `combine_equals_the_oracle_on_floats` runs every length.
+                    let result = unsafe { self.at(index) };
+                    // SAFETY: as above.
+                    unsafe { self.into.set(index, &[MaybeUninit::new(result)]) };
+                }
+            } else {
+                // An array of its own, because this one is memory: its end is not known to the compiler.
+                let mut results = [MaybeUninit::<B>::uninit(); STEP];
+                for (index, result) in results[..short].iter_mut().enumerate() {
+                    // SAFETY: start + short <= len. `combine_equals_the_oracle_on_floats` runs every length.
+                    result.write(unsafe { self.at(start + index) });
+                }
+                // SAFETY: start + short <= len, and that many results were written.
+                // `combine_equals_the_oracle_on_floats` runs every length.
+                unsafe { self.into.set(start, &results[..short]) };
             }
-            // SAFETY: start + short <= len, and that many results were written. `combine_equals_the_oracle` runs every
-            // length.
-            unsafe { self.into.set(start, &results[..short]) };
             start += short;
             while len - start >= STEP {
                 let mut results = [MaybeUninit::<B>::uninit(); STEP];
-                for index in 0..STEP {
-                    // SAFETY: start + STEP <= len. `combine_equals_the_oracle` runs every length.
-                    let result = unsafe { self.at(start + index) };
-                    results[index].write(result);
+                for (index, result) in results.iter_mut().enumerate() {
+                    // SAFETY: start + STEP <= len. `combine_equals_the_oracle_on_floats` runs every length.
+                    result.write(unsafe { self.at(start + index) });
                 }
                 if streaming {
-                    // SAFETY: start + STEP <= len, and all results were written; after the lead all targets start a line,
-                    // and a step is whole lines; `combine` calls `settle`.
+                    // SAFETY: start + STEP <= len, and all results were written; after the lead all targets start a
+                    // line, and a step is whole lines; `combine` calls `settle`.
                     unsafe { self.into.stream::<S>(start, &results) };
                 } else {
-                    // SAFETY: start + STEP <= len, and all results were written. `combine_equals_the_oracle` runs every
-                    // length.
+                    // SAFETY: start + STEP <= len, and all results were written. `combine_equals_the_oracle_on_floats`
+                    // runs every length.
                     unsafe { self.into.set(start, &results) };
                 }
                 start += STEP;
@@ -122,7 +132,7 @@ where
     /// `index` is less than the length of all spans.
     #[inline(always)]
     unsafe fn pair(&self, first: usize, index: usize) -> C {
-        // SAFETY: the caller's promise. `combine_equals_the_oracle` runs every length.
+        // SAFETY: the caller's promise. `combine_equals_the_oracle_on_floats` runs every length.
         let left = unsafe { self.from[first].at(index) };
         // SAFETY: as above.
         let right = unsafe { self.from[first + 1].at(index) };

@@ -188,12 +188,12 @@ pub(crate) fn fold_bools(op: Fold, into: SpanMut<'_>, with: Span<'_>) {
 /// streaming in step asks: then nothing was done.
 pub(crate) fn join_floats<A: Lane, B: Lane, C: Acc, const N: usize>(
     op: Fold,
-    from: [Span<'_>; N],
+    from: &[Span<'_>],
     factor: f64,
     into: &mut [SpanMut<'_>],
     store: Store,
 ) -> bool {
-    let from = from.map(Reader::<A>::of);
+    let from = readers::<_, N>(from, |s| Reader::<A>::of(*s));
     let into = Writers::<B>::of(into);
     let Some(lead) = lead(&into, store) else {
         return false;
@@ -215,11 +215,11 @@ pub(crate) fn join_floats<A: Lane, B: Lane, C: Acc, const N: usize>(
 /// The folds of integers that depend on their sign; as `join_floats`.
 pub(crate) fn join_ordered<T: Int, const N: usize>(
     op: Fold,
-    from: [Span<'_>; N],
+    from: &[Span<'_>],
     into: &mut [SpanMut<'_>],
     store: Store,
 ) -> bool {
-    let from = from.map(Reader::<T>::of);
+    let from = readers::<_, N>(from, |s| Reader::<T>::of(*s));
     match op {
         Fold::Min => join_same(from, into, IntSmaller, store),
         Fold::Max => join_same(from, into, IntLarger, store),
@@ -230,11 +230,11 @@ pub(crate) fn join_ordered<T: Int, const N: usize>(
 /// The folds of integers that depend on their size only; as `join_floats`.
 pub(crate) fn join_bits<T: Int, const N: usize>(
     op: Fold,
-    from: [Span<'_>; N],
+    from: &[Span<'_>],
     into: &mut [SpanMut<'_>],
     store: Store,
 ) -> bool {
-    let from = from.map(Reader::<T>::bits_of);
+    let from = readers::<_, N>(from, |s| Reader::<T>::bits_of(*s));
     match op {
         Fold::Sum => join_same(from, into, IntPlus, store),
         Fold::Prod => join_same(from, into, IntTimes, store),
@@ -248,11 +248,11 @@ pub(crate) fn join_bits<T: Int, const N: usize>(
 /// The caller has refused sums and products; as `join_floats`.
 pub(crate) fn join_bools<const N: usize>(
     op: Fold,
-    from: [Span<'_>; N],
+    from: &[Span<'_>],
     into: &mut [SpanMut<'_>],
     store: Store,
 ) -> bool {
-    let from = from.map(Reader::<Bool>::of);
+    let from = readers::<_, N>(from, |s| Reader::<Bool>::of(*s));
     with_bool_fold!(op, |each| join_same(from, into, each, store))
 }
 
@@ -276,6 +276,16 @@ fn join_same<T: Element, const N: usize>(
         lead,
     });
     true
+}
+
+/// The spans as they lie, none of them moved: a copy of what was just written in parts would wait for it.
+#[inline(always)]
+fn readers<'a, T: Element, const N: usize>(
+    from: &[Span<'a>],
+    reader: impl Fn(&Span<'a>) -> Reader<'a, T>,
+) -> [Reader<'a, T>; N] {
+    assert_eq!(from.len(), N);
+    std::array::from_fn(|index| reader(&from[index]))
 }
 
 /// What [`Join`] needs to know; none if it cannot be done.

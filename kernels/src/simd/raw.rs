@@ -34,9 +34,9 @@ impl<'a> SpanMut<'a> {
     /// # Safety
     ///
     /// For the whole of `'a`, `ptr` must be valid for reads and writes of `len * dtype.size()` bytes, initialised, in
-    /// `memory`; no other span of this process may lie over them, but a source of [`combine`](crate::combine) that starts
-    /// and ends where this span does; and while a kernel runs over the span, nobody else may read or write them. Between
-    /// kernels others may.
+    /// `memory`; no other span of this process may lie over them, but a source of [`combine`](crate::combine) that
+    /// starts and ends where this span does; and while a kernel runs over the span, nobody else may read or write them.
+    /// Between kernels others may.
     pub unsafe fn from_raw(ptr: *mut u8, dtype: Dtype, len: usize, memory: Memory) -> SpanMut<'a> {
         assert_aligned(ptr, dtype);
         SpanMut {
@@ -235,8 +235,8 @@ impl<'t, 'a, T: Element> Writers<'t, 'a, T> {
     ///
     /// # Safety
     ///
-    /// As of `set`; and element `start` starts a line in every span, `values` fill whole lines, and who launched the kernel
-    /// calls `settle` before anybody looks.
+    /// As of `set`; and element `start` starts a line in every span, `values` fill whole lines, and who launched the
+    /// kernel calls `settle` before anybody looks.
     #[inline(always)]
     pub(super) unsafe fn stream<L: Line>(&mut self, start: usize, values: &[MaybeUninit<T>]) {
         debug_assert!(start + values.len() <= self.len);
@@ -286,8 +286,8 @@ pub(crate) fn away(dtype: Dtype) -> Span<'static> {
 /// The elements of a target, as a source that lies exactly there.
 #[cfg(test)]
 pub(crate) fn twin<'a>(target: &SpanMut<'a>) -> Span<'a> {
-    // SAFETY: the target vouches for the memory as long as it lives, and only tests of `combine` in place come here, which
-    // allows a source where a target is. Miri would tell.
+    // SAFETY: the target vouches for the memory as long as it lives, and only tests of `combine` in place come here,
+    // which allows a source where a target is. Miri would tell.
     unsafe { Span::from_raw(target.ptr, target.dtype, target.len, target.memory) }
 }
 

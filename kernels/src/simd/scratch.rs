@@ -1,5 +1,5 @@
-//! Scratch memory on the stack: a few blocks of elements of any dtype, whose bytes are set only when a level is opened, so
-//! that making a scratch costs nothing and a short call little.
+//! Scratch memory on the stack: a few blocks of elements of any dtype, whose bytes are set only when a level is opened,
+//! so that making a scratch costs nothing and a short call little.
 
 use std::mem::MaybeUninit;
 
@@ -37,9 +37,9 @@ impl Scratch {
     pub(crate) fn span(&self, level: usize, dtype: Dtype, len: usize) -> Span<'_> {
         assert!(level < self.open && len * dtype.size() <= self.bytes);
         let start = self.levels[level].as_ptr().cast();
-        // SAFETY: the level is open, so its first `bytes` bytes are initialised, and they are enough, asserted above; the
-        // borrow of self keeps them in place and unwritten. A 64-byte boundary suits every dtype. Miri would see a breach
-        // in `combine`'s example.
+        // SAFETY: the level is open, so its first `bytes` bytes are initialised, and they are enough, asserted above;
+        // the borrow of self keeps them in place and unwritten. A 64-byte boundary suits every dtype. Miri would see a
+        // breach in `combine`'s example.
         unsafe { Span::from_raw(start, dtype, len, Memory::Host) }
     }
 
@@ -75,8 +75,8 @@ impl Scratch {
     fn open(&mut self, level: usize) {
         while self.open <= level {
             let start: *mut u8 = self.levels[self.open].as_mut_ptr().cast();
-            // SAFETY: a level has BLOCK_BYTES bytes, and `bytes` is no more, asserted in `new`. Miri would see a breach in
-            // `combine`'s example.
+            // SAFETY: a level has BLOCK_BYTES bytes, and `bytes` is no more, asserted in `new`. Miri would see a breach
+            // in `combine`'s example.
             unsafe { start.write_bytes(0, self.bytes) };
             self.open += 1;
         }

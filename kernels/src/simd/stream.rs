@@ -2,8 +2,8 @@
 //!
 //! [Note: streaming] An ordinary store first loads the line that it writes to, and pushes another out of the caches. A
 //! streaming one does neither, if whole lines are stored; it goes through a buffer of the processor from which it may
-//! arrive after later ordinary stores. So what signals to others that elements are there (a release store, which on this
-//! processor is an ordinary one) must come after a fence: [`settle`], once, at the end.
+//! arrive after later ordinary stores. So what signals to others that elements are there (a release store, which on
+//! this processor is an ordinary one) must come after a fence: [`settle`], once, at the end.
 
 use std::ptr;
 
@@ -55,8 +55,9 @@ fn stream(from: Span<'_>, mut into: SpanMut<'_>) {
     let head = lead(target).min(bytes);
     let lines = (bytes - head) / LINE_BYTES;
     let tail = head + lines * LINE_BYTES;
-    // SAFETY: `head` is no more than the bytes of both spans, which are valid by their makers' promise and do not overlap:
-    // they start at different places, checked in `store`. The tests of `combine` see a byte too many or too few.
+    // SAFETY: `head` is no more than the bytes of both spans, which are valid by their makers' promise and do not
+    // overlap: they start at different places, checked in `store`. The tests of `combine` see a byte too many or too
+    // few.
     unsafe { ptr::copy_nonoverlapping(source, target, head) };
     launch_streamer(Lines {
         from: source.wrapping_add(head),

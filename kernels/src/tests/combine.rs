@@ -1,6 +1,7 @@
-//! Goal: a reduction in one pass has the bits of the oracle, and of the verbs one by one, whatever its shape. Method: every
-//! length, with everything else drawn for each (sources, targets, places, fold, factors, finish, stores), for every dtype
-//! on every instruction set; the bytes around the targets must not change. Then properties, and values by hand.
+//! Goal: a reduction in one pass has the bits of the oracle, and of the verbs one by one, whatever its shape. Method:
+//! every length, with everything else drawn for each (sources, targets, places, fold, factors, finish, stores), for
+//! every dtype on every instruction set; the bytes around the targets must not change. Then properties, and values by
+//! hand.
 
 use half::{bf16, f16};
 use proptest::prelude::*;
@@ -85,7 +86,8 @@ impl Case {
             let start = (source * 331 + self.sources[source]) % (pool.len() - len);
             &pool[start..start + len]
         };
-        // All regions in one allocation, the first of which starts a line; so does every one whose stride is whole lines.
+        // All regions in one allocation, the first of which starts a line; so does every one whose stride is whole
+        // lines.
         let stride = stride.next_multiple_of(64);
         let mut memory: Vec<T> = pool
             .iter()
