@@ -72,6 +72,7 @@ fn rank(stage: &Stage, args: &Args) -> fabric::Result<()> {
             plot::write(path, &plot::lines(&report))?;
         }
     }
+    stage.all(&[])?; // the first failure ends all ranks, and this one may still be writing
     verdict(wrong)
 }
 

@@ -64,6 +64,7 @@ pub fn run(stage: &Stage, args: &Args) -> fabric::Result<()> {
             }
         }
     }
+    stage.all(&[])?; // the first failure ends all ranks, and this one may still be printing
     verdict(wrong)
 }
 
