@@ -199,9 +199,9 @@ fn one_row(
         }
     }
     let mut limit = None;
-    if args.limit {
+    let copied = case.collective.limit_bytes(bytes, case.place.ranks);
+    if args.limit && copied > 0 {
         let mut bench = bench(stage, host, args);
-        let copied = case.collective.limit_bytes(bytes, case.place.ranks);
         limit = Some(bench.copies(copied)?);
     }
     if stage.is_first() {
