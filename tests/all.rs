@@ -1,5 +1,6 @@
 //! One test binary: the rooms' tests against each other.
 
+mod bits;
 mod blocks;
 mod checkpoint;
 mod circle;

@@ -6,7 +6,7 @@ use std::{sync::Barrier, time::Duration};
 use fabric_engine::{
     buffer::Slab,
     comm::{
-        Collectives, Label,
+        Collectives, Communicator, Label,
         host::{Host, Options as HostOptions},
         trace::{Event, Trace},
     },
@@ -66,6 +66,7 @@ fn ranks<T: Send>(world: usize, wire: Wire, body: impl Fn(SharedComm) -> T + Syn
                 .unwrap()
                 .expect("memory to share"),
         };
+        host.trace().start();
         body(SharedComm::new(Box::new(host)))
     })
 }

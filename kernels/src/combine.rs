@@ -11,11 +11,12 @@
 //!        \_______/
 //! ```
 //!
-//! Two and four sources, by far the commonest, are folded in registers. Others go through a stack of blocks that wait
-//! for their right side, each standing for more sources than the next: what is done to a block there is done by the
-//! verbs of this crate, so the bits are theirs.
+//! Two and four sources, and sums of eight, by far the commonest, are folded in registers. Others go through a stack of
+//! blocks that wait for their right side, each standing for more sources than the next: what is done to a block there is
+//! done by the verbs of this crate, so the bits are theirs.
 
 use std::ops::Range;
+use std::{array, slice};
 
 use crate::dtype::{Dtype, Memory};
 use crate::error::KernelError;
@@ -120,9 +121,8 @@ impl Work<'_, '_> {
 
     /// One loop takes an element all the way in registers.
     fn is_joined(&self) -> bool {
-        self.factors.is_none()
-            && matches!(self.sources.len(), 2 | 4)
-            && !matches!(self.finish, Finish::Divide(_))
+        let whole = self.leaves_at(0) == self.sources.len() && self.sources.len() > 1;
+        whole && !matches!(self.finish, Finish::Divide(_))
     }
 
     /// The dtype and the length of all spans, if this can be done.
@@ -198,7 +198,7 @@ impl Work<'_, '_> {
         })
     }
 
-    /// Two or four spans meet in registers, for targets of their own dtype, where they are finished, or of its
+    /// Two, four or eight spans meet in registers, for targets of their own dtype, where they are finished, or of its
     /// accumulator.
     /// False if the targets' lines do not begin together, as streaming in step asks: then nothing was done.
     fn join(
@@ -215,7 +215,8 @@ impl Work<'_, '_> {
         match from.len() {
             2 => join::<2>(self.op, from, into, factor, targets, store),
             4 => join::<4>(self.op, from, into, factor, targets, store),
-            count => unreachable!("two or four spans, not {count}"),
+            8 => join::<8>(self.op, from, into, factor, targets, store),
+            count => unreachable!("two, four or eight spans, not {count}"),
         }
     }
 
@@ -312,9 +313,10 @@ impl Work<'_, '_> {
     fn leaves_at(&self, start: usize) -> usize {
         let rest = self.sources.len() - start;
         match self.factors {
-            None if rest >= 4 => 4,
-            None if rest >= 2 => 2,
-            _ => 1,
+            // Only sums are worth the code of a loop over eight.
+            None if self.op == Fold::Sum => 1 << rest.min(8).ilog2(),
+            None => 1 << rest.min(4).ilog2(),
+            Some(_) => 1,
         }
     }
 
@@ -325,25 +327,18 @@ impl Work<'_, '_> {
         range: &Range<usize>,
         mut into: SpanMut<'_>,
     ) -> Result<(), KernelError> {
-        let from = |leaf: usize| self.sources[start + leaf].slice(range.clone());
-        let dtype = into.dtype();
-        match (self.leaves_at(start), self.factors) {
-            (4, _) => {
-                let from = [from(0), from(1), from(2), from(3)];
-                self.join(&from, dtype, std::slice::from_mut(&mut into), Store::Cached);
+        let (width, dtype) = (self.leaves_at(start), into.dtype());
+        // Eight spans, of which the first `width` count.
+        let from: [Span<'_>; 8] =
+            array::from_fn(|leaf| self.sources[start + leaf % width].slice(range.clone()));
+        match self.factors {
+            Some(factors) => cast_scaled(from[0], into, factors[start]),
+            None if width == 1 => cast(from[0], into),
+            None => {
+                let into = slice::from_mut(&mut into);
+                self.join(&from[..width], dtype, into, Store::Cached);
                 Ok(())
             }
-            (2, _) => {
-                self.join(
-                    &[from(0), from(1)],
-                    dtype,
-                    std::slice::from_mut(&mut into),
-                    Store::Cached,
-                );
-                Ok(())
-            }
-            (_, None) => cast(from(0), into),
-            (_, Some(factors)) => cast_scaled(from(0), into, factors[start]),
         }
     }
 }
@@ -369,6 +364,8 @@ fn join<const N: usize>(
             },
             else unreachable!("a float")
         )
+    } else if const { N > 4 } {
+        join_bits::<N>(op, from, targets, store) // a sum
     } else if matches!(op, Fold::Min | Fold::Max) {
         with_integer!(
             dtype,
@@ -378,12 +375,22 @@ fn join<const N: usize>(
     } else if dtype == Dtype::Bool {
         simd::join_bools::<N>(op, from, targets, store)
     } else {
-        match dtype.size() {
-            1 => simd::join_bits::<u8, N>(op, from, targets, store),
-            2 => simd::join_bits::<u16, N>(op, from, targets, store),
-            4 => simd::join_bits::<u32, N>(op, from, targets, store),
-            _ => simd::join_bits::<u64, N>(op, from, targets, store),
-        }
+        join_bits::<N>(op, from, targets, store)
+    }
+}
+
+/// Integers of one size are alike.
+fn join_bits<const N: usize>(
+    op: Fold,
+    from: &[Span<'_>],
+    targets: &mut [SpanMut<'_>],
+    store: Store,
+) -> bool {
+    match from[0].dtype().size() {
+        1 => simd::join_bits::<u8, N>(op, from, targets, store),
+        2 => simd::join_bits::<u16, N>(op, from, targets, store),
+        4 => simd::join_bits::<u32, N>(op, from, targets, store),
+        _ => simd::join_bits::<u64, N>(op, from, targets, store),
     }
 }
 

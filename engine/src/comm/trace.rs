@@ -1,9 +1,12 @@
 //! What happened, in order: a bounded record of gradients that became ready and operations that were submitted and
-//! completed. Tests assert order from it; `to_chrome` gives the picture to people.
+//! completed, from [`Trace::start`] on. Tests assert order from it; `to_chrome` gives the picture to people.
 
 use std::{
     collections::VecDeque,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -55,16 +58,31 @@ pub struct Record {
 #[derive(Clone, Debug)]
 pub struct Trace {
     clock: Clock,
-    records: Arc<Mutex<VecDeque<Record>>>,
+    book: Arc<Book>,
+}
+
+#[derive(Debug)]
+struct Book {
+    is_open: AtomicBool,
+    records: Mutex<VecDeque<Record>>,
 }
 
 impl Trace {
-    /// An empty record on `clock`.
+    /// An empty record on `clock`, in which nothing is noted yet.
     pub fn new(clock: Clock) -> Self {
         Self {
             clock,
-            records: Arc::new(Mutex::new(VecDeque::with_capacity(CAPACITY))),
+            book: Arc::new(Book {
+                is_open: AtomicBool::new(false),
+                records: Mutex::default(),
+            }),
         }
+    }
+
+    /// Note from now on what happens: a tenth of a microsecond for an operation, which its caller may find long.
+    pub fn start(&self) {
+        self.lock().reserve(CAPACITY);
+        self.book.is_open.store(true, Ordering::Release);
     }
 
     /// The clock by which things are noted.
@@ -72,8 +90,11 @@ impl Trace {
         self.clock.clone()
     }
 
-    /// Note that `event` happened now.
+    /// Note that `event` happened now, if anything is noted.
     pub fn note(&self, event: Event) {
+        if !self.book.is_open.load(Ordering::Relaxed) {
+            return;
+        }
         let mut records = self.lock();
         if records.len() == CAPACITY {
             records.pop_front();
@@ -121,7 +142,8 @@ impl Trace {
         serde_json::json!({ "traceEvents": events.collect::<Vec<_>>() }).to_string()
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, VecDeque<Record>> {
-        self.records.lock().unwrap_or_else(|held| held.into_inner())
+    fn lock(&self) -> MutexGuard<'_, VecDeque<Record>> {
+        let records = &self.book.records;
+        records.lock().unwrap_or_else(|held| held.into_inner())
     }
 }

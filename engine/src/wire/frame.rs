@@ -232,6 +232,22 @@ impl Header {
         out
     }
 
+    /// The header's bytes as numbers, for memory that is written a word at a time.
+    pub(crate) fn to_words(self) -> [u64; HEADER_BYTES / 8] {
+        let bytes = self.encode();
+        let words = bytes.as_chunks::<8>().0;
+        std::array::from_fn(|at| u64::from_le_bytes(words[at]))
+    }
+
+    /// Read what [`Header::to_words`] gives.
+    pub(crate) fn from_words(words: &[u64; HEADER_BYTES / 8]) -> Option<Self> {
+        let mut bytes = [0; HEADER_BYTES];
+        for (bytes, word) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(words) {
+            *bytes = word.to_le_bytes();
+        }
+        Self::decode(&bytes)
+    }
+
     /// Read a header; `None` when the bytes are none of ours.
     pub fn decode(bytes: &[u8; HEADER_BYTES]) -> Option<Self> {
         let u32_at =

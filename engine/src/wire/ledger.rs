@@ -1,18 +1,20 @@
 //! Who was last seen where: the operations this rank is in, and the latest that each peer was seen to join. Written on
 //! every message, read when somebody is gone.
+//!
+//! [Note: one writer] The thread that runs a communicator's operations writes, any thread reads, and nobody waits: an entry
+//! has a version that is odd while it is written, and a reader tries again (the sequence lock of the Linux kernel, in the
+//! form of Boehm, "Can seqlocks get along with programming language memory models?", 2012).
 
-use std::{
-    collections::VecDeque,
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicU64, Ordering},
-    },
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering, fence},
 };
 
-use super::frame::{OpCode, Stamp};
+use super::frame::{HEADER_BYTES, Header, OpCode, Stamp};
 use crate::error::{Error, PeerLost};
 
 const REMEMBERED: usize = 64; // operations whose description is kept
+const WORDS: usize = HEADER_BYTES / 8;
 
 /// What one rank knows of a group's progress. Clones share it.
 #[derive(Clone, Debug)]
@@ -22,13 +24,41 @@ pub struct Ledger(Arc<Inner>);
 struct Inner {
     rank: usize,
     seen: Vec<AtomicU64>, // by peer: the latest sequence seen, plus one
-    recent: Mutex<Recent>,
+    recent: [Entry; REMEMBERED],
+    current: Entry,
 }
 
-#[derive(Debug)]
-struct Recent {
-    stamps: VecDeque<Stamp>,
-    current: Option<Stamp>,
+/// A stamp, or none: [Note: one writer].
+#[derive(Debug, Default)]
+struct Entry {
+    version: AtomicU64,
+    words: [AtomicU64; WORDS],
+}
+
+impl Entry {
+    fn write(&self, words: &[u64; WORDS]) {
+        let version = self.version.load(Ordering::Relaxed);
+        self.version.store(version + 1, Ordering::Relaxed);
+        fence(Ordering::Release);
+        for (slot, word) in self.words.iter().zip(words) {
+            slot.store(*word, Ordering::Relaxed);
+        }
+        self.version.store(version + 2, Ordering::Release);
+    }
+
+    fn read(&self) -> Option<Stamp> {
+        loop {
+            let before = self.version.load(Ordering::Acquire);
+            let words: [u64; WORDS] =
+                std::array::from_fn(|at| self.words[at].load(Ordering::Relaxed));
+            fence(Ordering::Acquire);
+            let after = self.version.load(Ordering::Relaxed);
+            if before == after && before.is_multiple_of(2) {
+                return Header::from_words(&words).map(|header| header.stamp);
+            }
+            std::hint::spin_loop();
+        }
+    }
 }
 
 /// What a survivor says about a rank that is gone.
@@ -47,34 +77,36 @@ impl Ledger {
         Self(Arc::new(Inner {
             rank,
             seen,
-            recent: Mutex::new(Recent {
-                stamps: VecDeque::with_capacity(REMEMBERED),
-                current: None,
-            }),
+            recent: std::array::from_fn(|_| Entry::default()),
+            current: Entry::default(),
         }))
     }
 
     /// This rank enters an operation.
     pub fn enter(&self, stamp: Stamp) {
-        let mut recent = self.recent();
-        recent.current = Some(stamp);
-        if stamp.op == OpCode::SendRecv {
-            return; // it has no number
+        let header = Header {
+            stamp,
+            round: 0,
+            bytes: 0,
+        };
+        let words = header.to_words();
+        self.0.current.write(&words);
+        if stamp.op != OpCode::SendRecv {
+            self.0.recent[stamp.sequence as usize % REMEMBERED].write(&words); // a message has no number
         }
-        if recent.stamps.len() == REMEMBERED {
-            recent.stamps.pop_front();
-        }
-        recent.stamps.push_back(stamp);
     }
 
     /// This rank's operation is complete.
     pub fn leave(&self) {
-        self.recent().current = None;
+        self.0.current.write(&[0; WORDS]);
     }
 
     /// `peer` was seen in operation `sequence`.
     pub fn saw(&self, peer: usize, sequence: u64) {
-        self.0.seen[peer].fetch_max(sequence + 1, Ordering::Relaxed);
+        let seen = &self.0.seen[peer];
+        if seen.load(Ordering::Relaxed) <= sequence {
+            seen.store(sequence + 1, Ordering::Relaxed);
+        }
     }
 
     /// What this rank knows of `peer`.
@@ -84,21 +116,17 @@ impl Ledger {
             .seen
             .get(peer)
             .map_or(0, |seen| seen.load(Ordering::Relaxed));
-        let recent = self.recent();
         let describe = |sequence: u64| {
-            let stamp = recent
-                .stamps
-                .iter()
-                .find(|stamp| stamp.sequence == sequence);
-            stamp.map_or_else(|| format!("#{sequence}"), Stamp::to_string)
+            let stamp = self.0.recent[sequence as usize % REMEMBERED].read();
+            let stamp = stamp.filter(|stamp| stamp.sequence == sequence);
+            stamp.map_or_else(|| format!("#{sequence}"), |stamp| stamp.to_string())
         };
+        let current = self.0.current.read();
         Sighting {
             joined: seen
                 .checked_sub(1)
                 .map(|sequence| (sequence, describe(sequence))),
-            waiting: recent
-                .current
-                .map(|stamp| (stamp.sequence, stamp.to_string())),
+            waiting: current.map(|stamp| (stamp.sequence, stamp.to_string())),
         }
     }
 
@@ -112,13 +140,6 @@ impl Ledger {
             last_joined: joined.map(|(_, text)| text),
             waiting: waiting.map(|(_, text)| format!("{text} on rank {}", self.0.rank)),
         }))
-    }
-
-    fn recent(&self) -> std::sync::MutexGuard<'_, Recent> {
-        self.0
-            .recent
-            .lock()
-            .unwrap_or_else(|held| held.into_inner())
     }
 }
 
@@ -159,5 +180,45 @@ mod tests {
             "{text}"
         );
         assert_eq!(ledger.sighting(1).joined, None);
+        ledger.leave();
+        assert_eq!(ledger.sighting(2).waiting, None);
+        for sequence in 6..100 {
+            ledger.enter(stamp(sequence));
+        }
+        let forgotten = ledger.sighting(2).joined.unwrap();
+        assert_eq!(forgotten, (4, "#4".into()));
+    }
+
+    /// Goal: a reader never sees two operations in one. Method: one thread writes stamps whose parts agree, another reads.
+    #[test]
+    fn a_reader_sees_whole_operations() {
+        let ledger = Ledger::new(0, 2);
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for number in 0..200_000u64 {
+                    ledger.enter(Stamp {
+                        sequence: number,
+                        op: OpCode::AllReduce,
+                        reduce: ReduceCode::Sum,
+                        dtype: Dtype::F32,
+                        root: number as u32,
+                        numel: number,
+                        label: Label::Bucket(number as u32),
+                        cut: 0,
+                    });
+                }
+                stop.store(true, Ordering::Relaxed);
+            });
+            while !stop.load(Ordering::Relaxed) {
+                if let Some(stamp) = ledger.0.current.read() {
+                    assert_eq!(
+                        (stamp.sequence, stamp.root as u64),
+                        (stamp.numel, stamp.numel)
+                    );
+                    assert_eq!(stamp.label, Label::Bucket(stamp.numel as u32));
+                }
+            }
+        });
     }
 }

@@ -177,7 +177,7 @@ impl Fabric {
         outcome: &mut Result<()>,
     ) -> Result<Option<Slab>> {
         let (own, numel) = (self.global_rank(), range.len());
-        if rank == 0 && own != 0 {
+        if own != 0 && own != rank {
             return Ok(None);
         }
         let comm = self.comm()?;
@@ -192,8 +192,11 @@ impl Fabric {
         if rank == 0 {
             return Ok(Some(slab));
         }
-        // Communicators have no way to one rank alone; what the others get they forget.
-        let call = Call::new(Op::Broadcast { root: rank });
+        let op = match own {
+            0 => Op::Recv { from: rank },
+            _ => Op::Send { to: 0 },
+        };
+        let call = Call::new(op);
         let call = call.label(Label::Facade(4)).blocking();
         let work = comm.lock().submit(call, Data::InPlace(slab))?;
         Ok(Some(Work::wait(work)?.into_output()))

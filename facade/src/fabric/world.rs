@@ -12,6 +12,7 @@ use std::{
 use fabric_engine::{
     clock::Clock,
     comm::{
+        Communicator,
         host::{Host, Options as HostOptions},
         solo::Solo,
     },
@@ -39,12 +40,14 @@ pub(super) struct World {
 impl World {
     /// A world of one.
     pub(super) fn solo() -> Result<Self> {
+        let solo = Solo::new(Clock::machine());
+        solo.trace().start();
         Ok(Self {
             rank: 0,
             size: 1,
             local_rank: 0,
             node_rank: 0,
-            comm: SharedComm::new(Box::new(Solo::new(Clock::machine()))),
+            comm: SharedComm::new(Box::new(solo)),
             control: None,
         })
     }
@@ -52,6 +55,7 @@ impl World {
     fn of(member: Member, local_rank: usize, node_rank: usize) -> Result<Self> {
         let member = Arc::new(member);
         let host = connect(&member)?;
+        host.trace().start();
         Ok(Self {
             rank: member.rank(),
             size: member.world(),

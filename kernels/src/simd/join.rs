@@ -23,7 +23,7 @@ const _: () = assert!(
 /// Elements that are quicker stored one by one than by a call of memcpy.
 const FEW: usize = 8;
 
-/// `into[t][i] = end(tree over j of lift(from[j][i]))`, for two or four spans.
+/// `into[t][i] = end(tree over j of lift(from[j][i]))`, for two, four or eight spans.
 pub(super) struct Join<'f, 't, 'a, A, B, C, L, F, E, const N: usize> {
     pub(super) from: [Reader<'f, A>; N],
     pub(super) into: Writers<'t, 'a, B>,
@@ -113,17 +113,21 @@ where
     /// `index` is less than the length of all spans.
     #[inline(always)]
     unsafe fn at(&self, index: usize) -> B {
-        const { assert!(N == 2 || N == 4) };
-        let value = if N == 2 {
-            // SAFETY: the caller's promise.
-            unsafe { self.pair(0, index) }
-        } else {
-            // SAFETY: the caller's promise.
-            let left = unsafe { self.pair(0, index) };
-            // SAFETY: the caller's promise.
+        const { assert!(N == 2 || N == 4 || N == 8) };
+        // SAFETY: the caller's promise, as for all that follow; and there are N spans.
+        let mut value = unsafe { self.pair(0, index) };
+        if N >= 4 {
+            // SAFETY: as above.
             let right = unsafe { self.pair(2, index) };
-            self.each.apply(left, right)
-        };
+            value = self.each.apply(value, right);
+        }
+        if N == 8 {
+            // SAFETY: as above.
+            let left = unsafe { self.pair(4, index) };
+            // SAFETY: as above.
+            let right = unsafe { self.pair(6, index) };
+            value = self.each.apply(value, self.each.apply(left, right));
+        }
         self.end.apply(value)
     }
 

@@ -200,6 +200,20 @@ pub(crate) fn join_floats<A: Lane, B: Lane, C: Acc, const N: usize>(
     };
     let (lift, end) = (Convert::<C>(PhantomData), Scale(C::narrow(factor)));
     let partial = PhantomData::<C>;
+    if const { N > 4 } {
+        assert_eq!(op, Fold::Sum); // the others would be much code for little use
+        let each = Plus::<C>(PhantomData);
+        launch_streamer(Join {
+            from,
+            into,
+            lift,
+            each,
+            end,
+            partial,
+            lead,
+        });
+        return true;
+    }
     with_float_fold!(op, C, |each| launch_streamer(Join {
         from,
         into,
@@ -235,6 +249,10 @@ pub(crate) fn join_bits<T: Int, const N: usize>(
     store: Store,
 ) -> bool {
     let from = readers::<_, N>(from, |s| Reader::<T>::bits_of(*s));
+    if const { N > 4 } {
+        assert_eq!(op, Fold::Sum);
+        return join_same(from, into, IntPlus, store);
+    }
     match op {
         Fold::Sum => join_same(from, into, IntPlus, store),
         Fold::Prod => join_same(from, into, IntTimes, store),

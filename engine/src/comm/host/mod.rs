@@ -15,7 +15,7 @@ mod tests;
 use std::{
     sync::{
         Arc, Mutex,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     thread::JoinHandle,
     time::Duration,
@@ -122,7 +122,35 @@ struct Shared {
     kind: WireKind,
     arena: Option<Arc<Arena>>, // where slabs come from, when peers can reach them
     executor: Mutex<Executor>,
-    spent: Mutex<Spent>,
+    spent: Account,
+}
+
+/// What was spent: written by whoever holds the executor, read by anybody.
+#[derive(Default)]
+struct Account {
+    collectives: AtomicU64,
+    messages: AtomicU64,
+    bytes: AtomicU64,
+}
+
+impl Account {
+    fn add(&self, cost: Spent) {
+        for (sum, cost) in [
+            (&self.collectives, cost.collectives),
+            (&self.messages, cost.messages),
+            (&self.bytes, cost.bytes),
+        ] {
+            sum.store(sum.load(Ordering::Relaxed) + cost, Ordering::Relaxed);
+        }
+    }
+
+    fn read(&self) -> Spent {
+        Spent {
+            collectives: self.collectives.load(Ordering::Relaxed),
+            messages: self.messages.load(Ordering::Relaxed),
+            bytes: self.bytes.load(Ordering::Relaxed),
+        }
+    }
 }
 
 struct Job {
@@ -194,7 +222,7 @@ impl Host {
             ledger: vigil.ledger,
             control,
             trace,
-            spent: Mutex::default(),
+            spent: Account::default(),
         });
         let (queue, jobs) = queue(QUEUE);
         let pending = Arc::new(AtomicUsize::new(0));
@@ -256,7 +284,7 @@ impl Shared {
         match executor.run(stamp, call, data, patience) {
             Ok((data, cost)) => {
                 self.ledger.leave();
-                *self.spent.lock().unwrap_or_else(|held| held.into_inner()) += cost;
+                self.spent.add(cost);
                 self.trace.note(Event::Completed {
                     sequence: stamp.sequence,
                 });
@@ -384,11 +412,7 @@ impl Communicator for Host {
     }
 
     fn spent(&self) -> Spent {
-        *self
-            .shared
-            .spent
-            .lock()
-            .unwrap_or_else(|held| held.into_inner())
+        self.shared.spent.read()
     }
 
     fn shared_bytes(&self) -> u64 {

@@ -6,7 +6,7 @@ use fabric_kernels::{self as kernels, Dtype, Span, SpanMut};
 use super::{
     Group, STAGE_BYTES, STAGE_IN,
     flags::{Note, WORDS},
-    group::{details, print},
+    group::print,
 };
 use crate::{
     buffer::Slab,
@@ -116,7 +116,7 @@ impl Group {
                 (STAGE_IN, bytes)
             }
         };
-        let details = details(&header(stamp, way.total));
+        let details = header(stamp, way.total).to_words();
         let mut words = [0; WORDS];
         words[..2].copy_from_slice(&[at, bytes as u64]);
         let note = Note {
@@ -128,6 +128,7 @@ impl Group {
         way.flying = bytes;
         let channel = self.own().mapping().channel(way.peer);
         channel.sent.publish(way.step, &note, &details);
+        channel.sent.ring(way.step);
         Ok(())
     }
 
@@ -153,7 +154,7 @@ impl Group {
             return Ok(false);
         };
         let header = header(stamp, way.total);
-        if note.print != print(&details(&header)) {
+        if note.print != print(&header.to_words()) {
             return Err(self.diverged(way.peer, &header, &theirs.sent.details(step)));
         }
         let bytes = usize::try_from(note.words[1]).unwrap_or(usize::MAX);
@@ -169,6 +170,7 @@ impl Group {
         self.received[way.peer] = step;
         let channel = self.own().mapping().channel(way.peer);
         channel.received.publish(step, &Note::default(), &[0; 6]);
+        channel.received.ring(step);
         way.done += bytes;
         way.over = way.done == way.total;
         Ok(true)

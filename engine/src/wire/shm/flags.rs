@@ -14,7 +14,7 @@
 //! [Note: no lost wake-up] A waiter counts itself as asleep, then looks at the step once more (the kernel does, under
 //! its lock), then sleeps. A publisher stores the step, then looks at the count. Between each pair stands a fence of
 //! sequential consistency, so at least one of the two sees the other: the waiter sees the step, or the publisher wakes
-//! it. The count is only a hint: a waiter that dies leaves it too high, which costs needless wake-ups.
+//! it. (The publisher may first look whether what it waits for itself has come, but not sleep.) The count is only a hint: a waiter that dies leaves it too high, which costs needless wake-ups.
 
 use std::time::Duration;
 
@@ -66,10 +66,9 @@ const _: () = assert!(std::mem::offset_of!(Line, details) == 64);
 
 impl<const N: usize> Control<N> {
     /// The owner has come to `step`; steps count from 1. It has seen to it that the line is free: [Note: lines].
+    /// Whoever publishes owes a [`Control::ring`].
     pub(super) fn publish(&self, step: u32, note: &Note, details: &[u64; DETAILS]) {
         self.write(step, note, details, Ordering::Release);
-        fence(Ordering::SeqCst);
-        self.ring(step);
     }
 
     fn write(&self, step: u32, note: &Note, details: &[u64; DETAILS], order: Ordering) {
@@ -84,8 +83,14 @@ impl<const N: usize> Control<N> {
         line.step.store(step, order);
     }
 
-    /// Wake those that sleep, if there are any.
-    fn ring(&self, step: u32) {
+    /// Wake those that sleep, if there are any: due after a step is published, before its owner waits long or goes on. Not
+    /// at once, because the fence waits until the step has left this core, and then nothing can be looked at meanwhile.
+    pub(super) fn ring(&self, step: u32) {
+        fence(Ordering::SeqCst);
+        self.ring_unfenced(step);
+    }
+
+    fn ring_unfenced(&self, step: u32) {
         if self.bell.asleep.load(Ordering::Relaxed) != 0 {
             self.line(step).step.wake();
         }
@@ -214,6 +219,7 @@ mod tests {
                 scope.spawn(move || {
                     for step in 1..=10_000u32 {
                         controls[rank].publish(step, &note(step.into()), &[0; DETAILS]);
+                        controls[rank].ring(step);
                         while controls[1 - rank].arrived(step).is_none() {
                             controls[1 - rank].park(step, nap);
                         }
@@ -318,18 +324,19 @@ mod model {
             };
             let control = &ranks[own].control;
             match flaw {
-                Flaw::None | Flaw::Hasty => control.publish(step, &note, &[0; DETAILS]),
-                Flaw::Relaxed => {
-                    control.write(step, &note, &[0; DETAILS], Ordering::Relaxed);
-                    fence(Ordering::SeqCst);
-                    control.ring(step);
-                }
-                Flaw::Silent => control.write(step, &note, &[0; DETAILS], Ordering::Release),
-                Flaw::Unfenced => {
-                    control.write(step, &note, &[0; DETAILS], Ordering::Release);
-                    control.ring(step);
-                }
+                Flaw::Relaxed => control.write(step, &note, &[0; DETAILS], Ordering::Relaxed),
+                _ => control.publish(step, &note, &[0; DETAILS]),
             }
+            let mut has_rung = false;
+            let mut ring = || match flaw {
+                Flaw::Silent => {}
+                Flaw::Unfenced => control.ring_unfenced(step),
+                _ if has_rung => {}
+                _ => {
+                    control.ring(step);
+                    has_rung = true;
+                }
+            };
             for peer in peers().filter(|peer| !broadcast || *peer == 0) {
                 let seen = loop {
                     match ranks[peer].control.arrived(step) {
@@ -337,7 +344,10 @@ mod model {
                             let seen = ranks[peer].control.arrived(step);
                             assert!(seen.is_some(), "a line is used again before it was read");
                         }
-                        None => ranks[peer].control.park(step, Duration::MAX),
+                        None => {
+                            ring();
+                            ranks[peer].control.park(step, Duration::MAX);
+                        }
                         seen => break seen,
                     }
                 };
@@ -346,6 +356,7 @@ mod model {
                 let value = ranks[peer].slots[slot].with(|cell| unsafe { *cell });
                 assert_eq!(value, step * 10 + peer as u32);
             }
+            ring();
         }
     }
 

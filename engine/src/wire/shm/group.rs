@@ -150,24 +150,34 @@ impl Group {
         needs: Needs,
     ) -> Result<()> {
         self.step = self.room(header)?;
-        let details = details(header);
+        let details = header.to_words();
         let note = Note {
             print: print(&details),
             words,
         };
-        let control = self.own.mapping().control();
-        control.publish(self.step, &note, &details);
+        self.own
+            .mapping()
+            .control()
+            .publish(self.step, &note, &details);
         self.words[self.rank] = words;
         self.expect(needs);
+        let mut has_rung = false;
         loop {
             self.look(note.print, header)?;
             let Some(&first) = self.pending.first() else {
                 self.turns.learn();
+                if !has_rung {
+                    self.own.mapping().control().ring(self.step);
+                }
                 if needs == Needs::All {
                     self.met = self.step;
                 }
                 return Ok(());
             };
+            if !has_rung && self.turns.is_long() {
+                self.own.mapping().control().ring(self.step);
+                has_rung = true;
+            }
             if !self.turns.pass() {
                 let nap = self.check(header)?;
                 self.memory(first).control().park(self.step, nap);
@@ -229,11 +239,7 @@ impl Group {
 
     /// What is wrong with a peer whose fingerprint is another.
     pub(super) fn diverged(&self, peer: usize, ours: &Header, theirs: &[u64; DETAILS]) -> Error {
-        let mut bytes = [0; HEADER_BYTES];
-        for (bytes, word) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(theirs) {
-            *bytes = word.to_le_bytes();
-        }
-        let theirs = Header::decode(&bytes).filter(|theirs| theirs != ours);
+        let theirs = Header::from_words(theirs).filter(|theirs| theirs != ours);
         let Some(theirs) = theirs else {
             let how = "it left a note in shared memory that is none of this protocol";
             return self.vigil.ledger.lost(peer, how);
@@ -291,13 +297,6 @@ impl Group {
     }
 }
 
-/// A header, as it lies in shared memory.
-pub(super) fn details(header: &Header) -> [u64; DETAILS] {
-    let bytes = header.encode();
-    let words = bytes.as_chunks::<8>().0;
-    std::array::from_fn(|at| u64::from_le_bytes(words[at]))
-}
-
 /// A fingerprint: each word is multiplied to twice its length and folded, as in wyhash (Wang Yi 2019). It tells accidents
 /// apart; a peer that wants to lie can.
 pub(super) fn print(details: &[u64; DETAILS]) -> u64 {
@@ -338,7 +337,7 @@ mod tests {
         others[5].stamp.numel = 13;
         others[6].stamp.cut = 1;
         others[7].round = 2;
-        let print = |header: &Header| print(&details(header));
+        let print = |header: &Header| print(&header.to_words());
         assert_eq!(print(&header), print(&header.clone()));
         for (index, other) in others.iter().enumerate() {
             assert_ne!(print(other), print(&header), "{index}");

@@ -28,6 +28,11 @@ impl Turns {
         }
     }
 
+    /// Whether the wait is long enough that whoever sleeps, and may be waiting for this rank, should be woken first.
+    pub(super) fn is_long(&self) -> bool {
+        self.taken >= FEW_SPINS.min(self.spins)
+    }
+
     /// Let some time pass; false when it is time to sleep.
     pub(super) fn pass(&mut self) -> bool {
         self.taken += 1;

@@ -1,6 +1,6 @@
 //! What a rank does for a kind of call: made once, kept, and run as often as the call comes.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use fabric_kernels::Dtype;
 
@@ -10,7 +10,7 @@ use super::super::{
 };
 use crate::{
     schedule::{
-        self, Algorithm, Kind, Problem, Shared,
+        self, Algorithm, Kind, Problem, Ranks, Shared,
         choose::{Tuning, WireKind},
         price::SharedPrice,
     },
@@ -54,14 +54,80 @@ impl Key {
 pub(super) struct Outline {
     pub(super) problem: Problem,
     pub(super) steps: Vec<Shared>,
-    /// Whether inputs are posted.
-    pub(super) posts: bool,
+    /// What there is to do with inputs that are posted; none where they are not.
+    pub(super) posts: Option<Posts>,
     /// Where this rank's input and output start in slabs in place, in elements.
     pub(super) starts: (usize, usize),
+    /// Elements of this rank's input and output.
+    pub(super) lengths: (usize, usize),
     /// Elements in all ranks' inputs and outputs.
     pub(super) touched_elems: usize,
     size: usize,
     rank: usize,
+}
+
+/// Work on inputs that all ranks have posted.
+pub(super) struct Posts {
+    /// Elements of the longest input.
+    pub(super) longest: usize,
+    /// For whom this rank waits before it loads them.
+    pub(super) needs: Needs,
+    pub(super) works: Vec<Work>,
+}
+
+/// Elements of this rank's output, and what they are made of.
+pub(super) struct Work {
+    /// The ranks that are folded.
+    pub(super) sources: Range<usize>,
+    /// Where in their inputs the elements start, in all of them.
+    pub(super) skip: usize,
+    /// Where in this rank's output they start.
+    pub(super) start: usize,
+    pub(super) elems: usize,
+}
+
+impl Posts {
+    fn new(problem: &Problem, rank: usize, steps: &[Shared]) -> Self {
+        let inputs = (0..problem.world).map(|rank| problem.input(rank).len());
+        let works = steps.iter().flat_map(|step| match step {
+            Shared::LoadFoldStore { ranges, from, .. } => ranges
+                .iter()
+                .map(|range| Work::new(problem, rank, range, *from))
+                .collect(),
+            Shared::Post | Shared::Sync => Vec::new(),
+        });
+        Self {
+            longest: inputs.max().unwrap_or(0),
+            needs: match problem.kind {
+                Kind::Broadcast { root } | Kind::Scatter { root } => Needs::One(root),
+                Kind::Reduce { root } | Kind::Gather { root } if root != rank => Needs::Nobody,
+                _ => Needs::All,
+            },
+            works: works.collect(),
+        }
+    }
+}
+
+impl Work {
+    fn new(problem: &Problem, rank: usize, range: &Range<usize>, from: Ranks) -> Self {
+        let sources = members(problem, from);
+        let start = problem.output_index(rank, range.start);
+        Self {
+            skip: range.start - problem.input(sources.start).start, // where many are folded, all inputs are whole
+            start: start.expect("the checker proves that outputs hold what is stored"),
+            elems: range.len(),
+            sources,
+        }
+    }
+}
+
+/// The ranks that are folded. In a world of one the input is the answer, unless it is lifted.
+pub(super) fn members(problem: &Problem, from: Ranks) -> Range<usize> {
+    match from {
+        Ranks::All if problem.world > 1 || problem.lifted => 0..problem.world,
+        Ranks::All => 0..1,
+        Ranks::One(source) => source..source + 1,
+    }
 }
 
 impl Outline {
@@ -71,8 +137,8 @@ impl Outline {
         let algorithm = tuning.choose(&key.kind, size, bytes, WireKind::Shm);
         let inputs = (0..size).map(|rank| problem.input(rank).len() * key.dtype.size());
         let fits = inputs.max().unwrap_or(0) <= POST_BYTES;
-        let posts = algorithm == Algorithm::Post && fits && !key.is_window;
-        let steps = if posts {
+        let does_post = algorithm == Algorithm::Post && fits && !key.is_window;
+        let steps = if does_post {
             schedule::posted(&problem, rank)
         } else {
             schedule::shared(&problem, rank)
@@ -80,22 +146,14 @@ impl Outline {
         let ranks = 0..size;
         let touched = ranks.map(|rank| problem.input(rank).len() + problem.output_elems(rank));
         Self {
+            posts: does_post.then(|| Posts::new(&problem, rank, &steps)),
             steps,
-            posts,
+            lengths: (problem.input(rank).len(), problem.output_elems(rank)),
             starts: starts(&problem, rank, true),
             touched_elems: touched.sum(),
             problem,
             size,
             rank,
-        }
-    }
-
-    /// For whom this rank waits before it loads what is posted.
-    pub(super) fn needs(&self) -> Needs {
-        match self.problem.kind {
-            Kind::Broadcast { root } | Kind::Scatter { root } => Needs::One(root),
-            Kind::Reduce { root } | Kind::Gather { root } if root != self.rank => Needs::Nobody,
-            _ => Needs::All,
         }
     }
 

@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use fabric_kernels::{self as kernels, KernelError, Store};
+use fabric_kernels::{self as kernels, Dtype, KernelError, Store};
 use smallvec::SmallVec;
 
 use super::{
@@ -17,7 +17,7 @@ use super::{
         script::cut,
     },
     Place,
-    outline::{Key, Outline},
+    outline::{Key, Outline, Posts, Work, members},
 };
 use crate::{
     buffer::Slab,
@@ -48,19 +48,17 @@ pub(super) struct Pass<'a> {
 
 impl Pass<'_> {
     pub(super) fn go(&mut self, outline: &Outline, data: &mut Data) -> Result<()> {
-        if outline.posts {
-            self.post(outline, data)
-        } else {
-            self.load(outline, data)
+        match &outline.posts {
+            Some(posts) => self.post(outline, posts, data),
+            None => self.load(outline, data),
         }
     }
 
     /// All meet once, each with a copy of its input.
-    fn post(&mut self, outline: &Outline, data: &mut Data) -> Result<()> {
-        let (problem, dtype) = (&outline.problem, self.math.stamp.dtype);
-        let hand = Hand::new(outline, self.math.rank, data);
-        let bytes = |rank: usize| problem.input(rank).len() * dtype.size();
-        let is_inline = (0..self.math.size).all(|rank| bytes(rank) <= INLINE_BYTES);
+    fn post(&mut self, outline: &Outline, posts: &Posts, data: &mut Data) -> Result<()> {
+        let dtype = self.math.stamp.dtype;
+        let hand = Hand::new(outline, data);
+        let is_inline = posts.longest * dtype.size() <= INLINE_BYTES;
         let step = self.group.room(&self.header)?;
         let mut words = [0; 6];
         words[0] = self.factor().to_bits();
@@ -74,20 +72,17 @@ impl Pass<'_> {
                 Ok(())
             })?;
         } else {
-            let own = self.group.own().clone();
-            let mut at = post(step);
-            let rank = self.math.rank;
-            let stamp = *self.math.stamp;
+            let (own, mut at) = (self.group.own().mapping(), post(step));
             hand.read(data, |slab, range| {
                 let numel = range.len();
-                let target = own.mapping().span_mut(at, dtype, numel);
+                let target = own.span_mut(at, dtype, numel);
                 at += (numel * dtype.size()) as u64;
-                kernels::cast(slab.part(range), target).map_err(Error::kernel(rank, stamp))
+                kernels::cast(slab.part(range), target).map_err(self.refused())
             })?;
         }
-        self.group.meet(&self.header, words, outline.needs())?;
+        self.group.meet(&self.header, words, posts.needs)?;
         if is_inline {
-            self.inline.retype(fabric_kernels::Dtype::U8);
+            self.inline.retype(Dtype::U8);
             let all = self.inline.as_bytes_mut().chunks_exact_mut(INLINE_BYTES);
             for (target, words) in all.zip(self.group.words()) {
                 target.copy_from_slice(bytemuck::cast_slice(&words[1..]));
@@ -95,67 +90,62 @@ impl Pass<'_> {
             self.inline.retype(dtype);
         }
         self.learn_factors();
-        for work in &outline.steps {
-            let Shared::LoadFoldStore { ranges, from, .. } = work else {
-                continue;
-            };
-            let before = self.spent.bytes;
-            for range in ranges {
-                self.work_out(problem, range, *from, is_inline, step, &hand, data)?;
-            }
-            self.spent.messages += u64::from(self.spent.bytes > before);
+        for work in &posts.works {
+            let from_peers =
+                work.sources.len() - usize::from(work.sources.contains(&self.math.rank));
+            self.spent.bytes += (from_peers * work.elems * dtype.size()) as u64;
+            self.spent.messages += u64::from(from_peers > 0);
+            self.work_out(work, is_inline, step, &hand, data)?;
         }
         Ok(())
     }
 
-    /// This rank's own output of `range`, from what everybody has posted.
-    #[allow(
-        clippy::too_many_arguments,
-        reason = "they are what one line of a loop needs"
-    )]
+    /// Elements of this rank's own output, from what everybody has posted.
     fn work_out(
         &mut self,
-        problem: &Problem,
-        range: &Range<usize>,
-        from: Ranks,
+        work: &Work,
         is_inline: bool,
         step: u32,
         hand: &Hand,
         data: &mut Data,
     ) -> Result<()> {
-        let (dtype, rank) = (self.math.stamp.dtype, self.math.rank);
-        let start = problem.output_index(rank, range.start);
-        let start = start.expect("the checker proves that outputs are stored to alone");
-        let members = self.members(from, problem);
+        let dtype = self.math.stamp.dtype;
         let (group, inline) = (&*self.group, &*self.inline);
-        let load = |source: usize, elems: Range<usize>| {
-            let skip = elems.start - problem.input(source).start;
-            if is_inline {
-                let first = source * INLINE_BYTES / dtype.size() + skip;
-                return inline.part(first..first + elems.len());
-            }
-            let at = post(step) + (skip * dtype.size()) as u64;
-            group.memory(source).span(at, dtype, elems.len())
-        };
-        let loaded = members.clone().filter(|source| *source != rank).count();
-        self.spent.bytes += (loaded * range.len() * dtype.size()) as u64;
-        let (finish, fold) = (self.math.finishing(members.len()), self.math.reduce.fold());
-        let factors = self.factors_for(problem, &members);
-        hand.write(data, start..start + range.len(), |slab, part, skip| {
-            let first = range.start + skip;
-            let elems = first..first + part.len();
-            let sources = members.clone().map(|source| load(source, elems.clone()));
-            let sources: SmallVec<[_; 16]> = sources.collect();
-            let mut target = [slab.part_mut(part)];
-            kernels::combine(fold, &sources, factors, finish, &mut target, Store::Cached)
-                .map_err(Error::kernel(rank, *self.math.stamp))
-        })
+        let (finish, fold) = (
+            self.math.finishing(work.sources.len()),
+            self.math.reduce.fold(),
+        );
+        let factors = self.factors_for(&work.sources);
+        hand.write(
+            data,
+            work.start..work.start + work.elems,
+            |slab, part, before| {
+                let (skip, elems) = (work.skip + before, part.len());
+                let load = |source: usize| {
+                    if is_inline {
+                        let first = source * INLINE_BYTES / dtype.size() + skip;
+                        return inline.part(first..first + elems);
+                    }
+                    let at = post(step) + (skip * dtype.size()) as u64;
+                    group.memory(source).span(at, dtype, elems)
+                };
+                let mut target = [slab.part_mut(part)];
+                let done = if let Range { start: 0, end: 2 } = work.sources {
+                    let pair = [load(0), load(1)]; // the commonest case, without a list
+                    kernels::combine(fold, &pair, factors, finish, &mut target, Store::Cached)
+                } else {
+                    let sources: SmallVec<[_; 16]> = work.sources.clone().map(load).collect();
+                    kernels::combine(fold, &sources, factors, finish, &mut target, Store::Cached)
+                };
+                done.map_err(self.refused())
+            },
+        )
     }
 
     /// All meet twice, and between load from inputs and store into outputs where they lie.
     fn load(&mut self, outline: &Outline, data: &mut Data) -> Result<()> {
         let (problem, dtype) = (&outline.problem, self.math.stamp.dtype);
-        let own = Hand::new(outline, self.math.rank, data).announce(self.group, data);
+        let own = Hand::new(outline, data).announce(self.group, data);
         let words = [self.factor().to_bits(), own.input, own.output, 0, 0, 0];
         self.meet(words)?;
         if outline.steps.len() == 1 {
@@ -221,7 +211,7 @@ impl Pass<'_> {
         store: Store,
     ) -> Result<()> {
         let (rank, size, dtype) = (self.math.rank, self.math.size, self.math.stamp.dtype);
-        let sources = self.members(from, problem);
+        let sources = members(problem, from);
         // Everybody begins with its own output, so that not all store to one rank at once.
         let targets = match into {
             Ranks::All => rank..rank + size,
@@ -240,7 +230,7 @@ impl Pass<'_> {
         self.spent.bytes += (moved * range.len() * dtype.size()) as u64;
         let loads: SmallVec<[_; 16]> = sources.clone().map(load).collect();
         let (finish, fold) = (self.math.finishing(sources.len()), self.math.reduce.fold());
-        let factors = self.factors_for(problem, &sources);
+        let factors = self.factors_for(&sources);
         let in_place =
             |at: *const u8| loads.len() == 1 && factors.is_none() && loads[0].as_ptr() == at;
         let stores = targets.filter_map(|target| {
@@ -253,15 +243,6 @@ impl Pass<'_> {
         let mut stores: SmallVec<[_; 16]> = stores.collect();
         kernels::combine(fold, &loads, factors, finish, &mut stores, store)
             .map_err(Error::kernel(rank, *self.math.stamp))
-    }
-
-    /// The ranks that are folded. In a world of one the input is the answer, unless it is lifted.
-    fn members(&self, from: Ranks, problem: &Problem) -> Range<usize> {
-        match from {
-            Ranks::All if self.math.size > 1 || problem.lifted => 0..self.math.size,
-            Ranks::All => 0..1,
-            Ranks::One(source) => source..source + 1,
-        }
     }
 
     fn factor(&self) -> f64 {
@@ -280,8 +261,8 @@ impl Pass<'_> {
         }
     }
 
-    fn factors_for(&self, problem: &Problem, members: &Range<usize>) -> Option<&[f64]> {
-        (problem.lifted && problem.kind.folds()).then(|| &self.factors[members.clone()])
+    fn factors_for(&self, sources: &Range<usize>) -> Option<&[f64]> {
+        (!self.factors.is_empty()).then(|| &self.factors[sources.clone()])
     }
 
     pub(super) fn refused(&self) -> impl FnOnce(KernelError) -> Error + use<> {
@@ -297,8 +278,7 @@ pub(super) struct Hand {
 }
 
 impl Hand {
-    pub(super) fn new(outline: &Outline, rank: usize, data: &Data) -> Self {
-        let problem = &outline.problem;
+    pub(super) fn new(outline: &Outline, data: &Data) -> Self {
         let (input, output) = match data {
             Data::InPlace(_) => outline.starts,
             _ => (0, 0),
@@ -308,8 +288,8 @@ impl Hand {
             _ => SmallVec::new(),
         };
         Self {
-            input: input..input + problem.input(rank).len(),
-            output: output..output + problem.output_elems(rank),
+            input: input..input + outline.lengths.0,
+            output: output..output + outline.lengths.1,
             lengths,
         }
     }

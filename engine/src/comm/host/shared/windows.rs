@@ -25,7 +25,7 @@ use crate::{
 impl Pass<'_> {
     pub(super) fn windows(&mut self, outline: &Outline, data: &mut Data) -> Result<()> {
         let (problem, size, dtype) = (&outline.problem, self.math.size, self.math.stamp.dtype);
-        let hand = Hand::new(outline, self.math.rank, data);
+        let hand = Hand::new(outline, data);
         let parts = Parts::of(problem);
         let width = STAGE_BYTES / dtype.size() / parts.held;
         let longest = parts.parts.iter().map(ExactSizeIterator::len).max();
