@@ -1,4 +1,6 @@
-//! What the benchmarks share: ranks as threads that have joined one job.
+//! What the benchmarks share: ranks as threads that have joined one job, and the program `coll`.
+
+pub mod coll;
 
 use std::{
     net::{Ipv4Addr, TcpListener},
