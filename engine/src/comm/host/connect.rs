@@ -161,7 +161,8 @@ impl Host {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let crowded = passed.neighbours > cores;
         let shared = Group::new(rank, arena.clone(), peers, vigil.clone(), crowded);
-        let executor = Executor::Shared(SharedMemory::new(shared, options.tuning.clone()));
+        let executor =
+            Executor::Shared(Box::new(SharedMemory::new(shared, options.tuning.clone())));
         let control = Some(member.control().clone());
         let kind = WireKind::Shm;
         let mut host = Self::start(executor, kind, Some(arena), vigil, options, control)?;

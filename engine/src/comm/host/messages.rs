@@ -72,10 +72,23 @@ impl Messages {
         &mut self,
         stamp: &Stamp,
         call: &Call,
-        data: Data,
+        data: &mut Data,
         patience: Duration,
-    ) -> Result<(Data, Spent)> {
+    ) -> Result<Spent> {
         let deadline = self.clock.now() + patience;
+        let given = std::mem::replace(data, Data::None);
+        let (back, spent) = self.do_on(stamp, call, given, deadline)?;
+        *data = back;
+        Ok(spent)
+    }
+
+    fn do_on(
+        &mut self,
+        stamp: &Stamp,
+        call: &Call,
+        data: Data,
+        deadline: Duration,
+    ) -> Result<(Data, Spent)> {
         let Some(kind) = call.op.kind() else {
             return self.exchange(stamp, call, data, deadline);
         };

@@ -131,7 +131,7 @@ impl Group {
                 self.turns.learn();
                 return Ok(step);
             };
-            if !self.turns.pass() {
+            if !self.turns.pass(&self.vigil.clock) {
                 let nap = self.check(header)?;
                 self.memory(first).control().park(free, nap);
             }
@@ -178,7 +178,7 @@ impl Group {
                 self.own.mapping().control().ring(self.step);
                 has_rung = true;
             }
-            if !self.turns.pass() {
+            if !self.turns.pass(&self.vigil.clock) {
                 let nap = self.check(header)?;
                 self.memory(first).control().park(self.step, nap);
             }

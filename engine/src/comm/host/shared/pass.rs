@@ -81,7 +81,7 @@ impl Pass<'_> {
             })?;
         }
         self.group.meet(&self.header, words, posts.needs)?;
-        if is_inline {
+        if is_inline && !posts.works.is_empty() {
             self.inline.retype(Dtype::U8);
             let all = self.inline.as_bytes_mut().chunks_exact_mut(INLINE_BYTES);
             for (target, words) in all.zip(self.group.words()) {
