@@ -158,9 +158,7 @@ impl Host {
             (Err(why), _) | (Ok(()), Err(why)) => return Ok((Err(why), passed.everywhere)),
         };
         let vigil = watch(member, &group, &options);
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let crowded = passed.neighbours > cores;
-        let shared = Group::new(rank, arena.clone(), peers, vigil.clone(), crowded);
+        let shared = Group::new(rank, arena.clone(), peers, vigil.clone(), passed.is_crowded);
         let executor =
             Executor::Shared(Box::new(SharedMemory::new(shared, options.tuning.clone())));
         let control = Some(member.control().clone());
