@@ -68,7 +68,12 @@ fn connect(member: &Arc<Member>, wire: &str) -> Result<Host> {
         "unix" => Host::unix(member, options)?,
         _ => Host::shm(member, options)?,
     };
-    made.ok_or_else(|| Error::argument(format!("no {wire} between these ranks"), "Choose another wire"))
+    made.ok_or_else(|| {
+        Error::argument(
+            format!("no {wire} between these ranks"),
+            "Choose another wire",
+        )
+    })
 }
 
 fn reductions(member: &Arc<Member>, wire: &str, bytes: usize, times: usize) -> Result<Duration> {
