@@ -31,10 +31,11 @@ const YIELDS: u32 = 4; // before a wait sleeps
 
 // [Note: on one machine] Between ranks of one machine both ends of a connection share caches: what is in flight should stay
 // there, and a round trip costs microseconds. So the sockets hold more at once, and long vectors are reduced in windows.
-// (Two ranks, 64 MiB all_reduce, best of five: 26 ms with windows, 17 ms with larger buffers too, 35 ms with neither.)
+// (Two ranks, 64 MiB all_reduce, best of five: 26 ms with windows, 17 ms with larger buffers too, 35 ms with neither. Four ranks:
+// 87 ms with windows of 1 MiB, 135 ms with 2 MiB.)
 // Across machines the kernel grows buffers as the path needs, and more round trips would cost more than the caches save.
 const BUFFER_BYTES: usize = 1 << 20;
-const WINDOW_BYTES: usize = 512 << 10; // a rank
+const WINDOW_BYTES: usize = 256 << 10; // a rank
 
 /// A connection to a peer that has proved who it is.
 pub struct Connection {
