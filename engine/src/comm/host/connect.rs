@@ -212,7 +212,11 @@ impl Host {
             wire = kind.name(),
             security = security.name()
         );
-        let wire = Streams::new(rank, peers.connections, security, vigil.clone())?;
+        let Peers {
+            connections,
+            is_local,
+        } = peers;
+        let wire = Streams::new(rank, connections, security, is_local, vigil.clone())?;
         let control = Some(member.control().clone());
         let mut host = Self::over(Box::new(wire), kind, vigil, options, control)?;
         host.family = Some(Family::new(member, group, name, reach));

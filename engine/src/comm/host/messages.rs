@@ -231,7 +231,7 @@ impl Messages {
 
     fn script(&mut self, key: Key) -> Arc<Script> {
         let (world, rank) = (self.wire.size(), self.wire.rank());
-        let (tuning, wire) = (&self.tuning, self.kind);
+        let (tuning, wire, window) = (&self.tuning, self.kind, self.wire.window_bytes());
         self.scripts.get(key, |key| {
             let bytes = key.numel * key.dtype.size();
             let algorithm = tuning.choose(&key.kind, world, bytes, wire);
@@ -241,8 +241,9 @@ impl Messages {
                 _ => Problem::even(key.kind, world, key.numel),
             };
             let problem = problem.with_lifted(key.lifted);
-            let schedule = schedule::messages(algorithm, &problem, rank)
-                .or_else(|| schedule::messages(schedule::Algorithm::Direct, &problem, rank))
+            let window = window.map_or(usize::MAX, |bytes| bytes / key.dtype.size());
+            let schedule = schedule::windows(algorithm, &problem, rank, window)
+                .or_else(|| schedule::windows(schedule::Algorithm::Direct, &problem, rank, window))
                 .expect("direct does every collective");
             Script::new(&problem, rank, schedule, key.hold, lengths.unwrap_or(&[]))
         })
