@@ -24,8 +24,8 @@ use crate::{
     error::{Error, Result},
     schedule::{Problem, Ranks, Shared, choose::Tuning},
     wire::{
-        frame::Header,
-        shm::{Group, Needs, PRIVATE, STAGE_IN, post},
+        frame::{Header, ReduceCode},
+        shm::{Group, PRIVATE, STAGE_IN, post},
     },
 };
 
@@ -80,7 +80,15 @@ impl Pass<'_> {
                 Ok(())
             })?;
         }
-        self.group.meet(&self.header, words, posts.needs)?;
+        let print = self.group.come(&self.header, words);
+        let rank = self.math.rank;
+        if self.math.stamp.reduce == ReduceCode::None {
+            // What this rank keeps need not wait for anybody.
+            for work in posts.works.iter().filter(|work| work.sources.start == rank) {
+                hand.keep(work, data).map_err(self.refused())?;
+            }
+        }
+        self.group.wait(&self.header, print, posts.needs)?;
         self.learn_factors();
         if is_inline && !posts.works.is_empty() {
             self.inline.retype(Dtype::U8);
@@ -90,15 +98,12 @@ impl Pass<'_> {
             }
             self.inline.retype(dtype);
         }
-        let rank = self.math.rank;
         for work in &posts.works {
             let is_own = work.sources.contains(&rank);
             let from_peers = work.sources.len() - usize::from(is_own);
             self.spent.bytes += (from_peers * work.elems * dtype.size()) as u64;
             self.spent.messages += u64::from(from_peers > 0);
-            if is_own && from_peers == 0 && self.factors.is_empty() {
-                hand.keep(work, data).map_err(self.refused())?;
-            } else {
+            if from_peers > 0 || self.math.stamp.reduce != ReduceCode::None {
                 self.work_out(work, is_inline, step, &hand, data)?;
             }
         }
@@ -190,7 +195,7 @@ impl Pass<'_> {
     }
 
     pub(super) fn meet(&mut self, words: [u64; 6]) -> Result<()> {
-        self.group.meet(&self.header, words, Needs::All)?;
+        self.group.meet(&self.header, words)?;
         self.header.round = self.header.round.wrapping_add(1);
         Ok(())
     }
