@@ -243,7 +243,7 @@ impl Call {
     }
 }
 
-/// The memory of a collective: given with the call, and back from [`Work::wait`].
+/// The memory of a collective: given with the call, and back from [`Work::wait`](super::Work::wait).
 #[derive(Debug)]
 pub enum Data {
     /// No elements: a barrier.
