@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Parser;
-use fabric_engine::kernels::Dtype;
+use fabric_engine::{comm::host::Security, kernels::Dtype};
 
 use super::{collective::Collective, redop::Redop};
 
@@ -33,6 +33,10 @@ pub struct Args {
     /// shm, tcp, unix, or best; a list for one table each.
     #[arg(long, default_value = "best", value_delimiter = ',')]
     pub wire: Vec<String>,
+    /// What is done for what travels over sockets: plain, authenticated, encrypted. Unless given, what the engine does:
+    /// nothing on one machine, encryption between machines.
+    #[arg(long, value_parser = parse_security)]
+    pub security: Option<Security>,
     /// Smallest size in bytes; K, M and G are binary.
     #[arg(short = 'b', long, default_value = "32M", value_parser = parse_bytes)]
     pub minbytes: usize,
@@ -245,6 +249,12 @@ pub(super) fn list<T: Copy>(
     text.split(',')
         .map(|name| find(name).ok_or_else(|| refuse(name)))
         .collect()
+}
+
+fn parse_security(text: &str) -> Result<Security, String> {
+    let names = Security::ALL.map(Security::name).join(", ");
+    Security::from_name(text)
+        .ok_or_else(|| format!("'{text}' is no security; choose among {names}"))
 }
 
 fn parse_root(text: &str) -> Result<Root, String> {

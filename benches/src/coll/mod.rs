@@ -302,13 +302,13 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let (json, svg) = (folder.path().join("a.json"), folder.path().join("a.svg"));
         coll(&format!(
-            "all -n 1-3 --threads --wire shm,tcp -b 0 -e 4K -f 8 --iters 2 --limit -I -r all -J {} --plot {}",
+            "all -n 1-3 --threads --wire shm,unix,tcp -b 0 -e 4K -f 8 --iters 2 --limit -I -r all -J {} --plot {}",
             json.display(),
             svg.display()
         ))
         .unwrap();
         let report = Report::read(&json).unwrap();
-        assert!(report.tables.len() >= 3 * 2 * 5);
+        assert!(report.tables.len() >= 3 * 3 * 5);
         for table in &report.tables {
             assert!(table.out_of_bounds.okay && table.guards == 0);
             assert_eq!(table.devices.len(), table.config.ranks);
@@ -327,6 +327,7 @@ mod tests {
             "-m 3",
             "--rotate",
             "--private -u 1 -N 2",
+            "--wire unix --security encrypted",
         ] {
             let line =
                 "all_reduce,reduce_scatter,broadcast -n 2 --threads -b 4 -e 256K -f 64 --iters 2";

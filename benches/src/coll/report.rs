@@ -77,6 +77,9 @@ pub struct Config {
     pub pin: bool,
     /// `-u`.
     pub unalign: usize,
+    /// `--security`.
+    #[serde(default)]
+    pub security: Option<String>,
 }
 
 impl Config {
@@ -98,6 +101,7 @@ impl Config {
             private: args.private,
             pin: args.pin,
             unalign: args.unalign,
+            security: args.security.map(|security| security.name().into()),
         }
     }
 }

@@ -98,7 +98,10 @@ impl Stage {
     /// # Errors
     /// When there is no such wire, or it does not reach everybody.
     pub fn connect(&self, wire: &str, args: &Args) -> Result<Host> {
-        let mut options = Options::default();
+        let mut options = Options {
+            security: args.security,
+            ..Options::default()
+        };
         if let Some(seconds) = args.timeout {
             options.deadline = std::time::Duration::try_from_secs_f64(seconds).map_err(|_| {
                 Error::argument(format!("--timeout {seconds}"), "Give seconds, like 10")
@@ -117,9 +120,15 @@ impl Stage {
                     "Start all ranks on one machine, as one user, in one container; or take --wire tcp",
                 )
             }),
+            "unix" => Host::unix(&self.member, options)?.ok_or_else(|| {
+                Error::argument(
+                    "--wire unix, but these ranks cannot reach each other's Unix sockets",
+                    "Start all ranks on one machine, as one user, in one container; or take --wire tcp",
+                )
+            }),
             _ => Err(Error::argument(
                 format!("--wire {wire}: this engine has no such wire"),
-                "Choose among shm, tcp and best",
+                "Choose among shm, unix, tcp and best",
             )),
         }?;
         if args.pin {

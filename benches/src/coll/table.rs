@@ -42,7 +42,7 @@ pub fn head(args: &Args, table: &Table, ranks: usize) {
         args.unalign
     );
     say!(
-        "# times: {}{}{}",
+        "# times: {}{}{}{}",
         match (args.dirty, args.blocking) {
             (true, _) => "inputs rewritten before each operation, median of the slowest rank's",
             (_, 1) => "a barrier before each operation, median of the slowest rank's",
@@ -54,6 +54,9 @@ pub fn head(args: &Args, table: &Table, ranks: usize) {
             ""
         },
         if args.pin { ", a core a rank" } else { "" },
+        args.security
+            .map(|security| format!(", {} sockets", security.name()))
+            .unwrap_or_default(),
     );
     say!("#");
     say!("# Using devices");
