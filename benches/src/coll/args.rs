@@ -97,9 +97,9 @@ pub struct Args {
     /// Cut vectors into slices of 0, 1 or 2 times the count: all_gather, reduce_scatter, gather and scatter.
     #[arg(long)]
     pub uneven: bool,
-    /// Rewrite the input before each iteration, outside the timed part, because inputs that never change stay in peers'
-    /// caches. Up to 64 KiB batches of rewrites and operations are timed, and batches of rewrites alone subtracted; above
-    /// that, each operation by itself after a barrier.
+    /// Rewrite the input before each iteration, and then a barrier, neither timed, because inputs that never change stay in
+    /// peers' caches. Up to 64 KiB batches of all three are timed, and batches without the operation subtracted; above
+    /// that, each operation by itself. JSON has, up to 64 KiB, the time without barriers too ("pipelined").
     #[arg(long)]
     pub dirty: bool,
     /// Each iteration on other memory of the largest size's, as nccl-tests does.

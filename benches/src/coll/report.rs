@@ -158,6 +158,9 @@ pub struct Half {
     pub spread: Option<Spread>,
     /// How many.
     pub iterations: usize,
+    /// Microseconds back to back, where it was measured beside.
+    #[serde(default)]
+    pub pipelined: Option<f64>,
 }
 
 /// The verdict on values.

@@ -44,7 +44,8 @@ pub fn head(args: &Args, table: &Table, ranks: usize) {
     say!(
         "# times: {}{}{}{}",
         match (args.dirty, args.blocking) {
-            (true, _) => "inputs rewritten before each operation, median of the slowest rank's",
+            (true, _) =>
+                "inputs rewritten and a barrier before each operation, median of the slowest rank's",
             (_, 1) => "a barrier before each operation, median of the slowest rank's",
             _ => "operations back to back",
         },
@@ -189,6 +190,7 @@ pub fn half(case: &Case, bytes: usize, times: &Times, nwrong: Option<u64>) -> Ha
         nwrong,
         spread: times.spread,
         iterations: times.iterations,
+        pipelined: times.pipelined.map(|time| time * 1e6),
     }
 }
 
