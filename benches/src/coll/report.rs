@@ -8,7 +8,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{args::Args, measure::Spread};
+use super::{args::Args, measure::Spread, model::Constants};
 
 /// The file.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -34,6 +34,9 @@ pub struct Table {
     pub config: Config,
     /// The ranks.
     pub devices: Vec<Device>,
+    /// What the model's times are made of.
+    #[serde(default)]
+    pub model: Option<Constants>,
     /// The rows.
     pub results: Vec<Row>,
     /// Wrong elements.
@@ -141,6 +144,9 @@ pub struct Row {
     pub in_place: Option<Half>,
     /// The limit in microseconds.
     pub limit: Option<f64>,
+    /// The model's time in microseconds.
+    #[serde(default)]
+    pub model: Option<f64>,
 }
 
 /// Half of a row.

@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use fabric_engine::{
     Error, Result,
-    comm::host::{Host, Options},
+    comm::host::{Host, Options, tuning},
     rendezvous::{self, Member},
+    schedule::choose::Tuning,
 };
 
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
@@ -93,12 +94,21 @@ impl Stage {
         self.rank() == 0
     }
 
-    /// A communicator over the wire of that name.
+    /// A communicator over the wire of that name, with this machine's table of algorithms.
     ///
     /// # Errors
     /// When there is no such wire, or it does not reach everybody.
     pub fn connect(&self, wire: &str, args: &Args) -> Result<Host> {
+        self.connect_with(wire, args, tuning()?)
+    }
+
+    /// A communicator with a table of its own.
+    ///
+    /// # Errors
+    /// As [`Stage::connect`].
+    pub fn connect_with(&self, wire: &str, args: &Args, tuning: Tuning) -> Result<Host> {
         let mut options = Options {
+            tuning,
             security: args.security,
             ..Options::default()
         };

@@ -80,13 +80,20 @@ pub fn head(args: &Args, table: &Table, ranks: usize) {
         }
     };
     let gap = spread("                                    ");
-    let limit = |text: &str| {
-        if args.limit {
-            text.to_owned()
-        } else {
-            String::new()
-        }
+    let beside = |limit: &str, model: &str| {
+        let parts = [(args.limit, limit), (args.model, model)];
+        let parts = parts.iter().filter(|(is_shown, _)| *is_shown);
+        parts.map(|(_, text)| *text).collect::<String>()
     };
+    if let Some(model) = table.model {
+        say!(
+            "# model: {} us a message, {} GB/s, folding {} GB/s",
+            fit(model.alpha * 1e6, 6),
+            fit(model.beta / 1e9, 6),
+            fit(model.gamma / 1e9, 6)
+        );
+        say!("#");
+    }
     say!("#{:62}out-of-place{:23}{gap}in-place{:10}", "", "", "");
     let half = format!(
         "     time   algbw   busbw  #wrong{}",
@@ -94,7 +101,7 @@ pub fn head(args: &Args, table: &Table, ranks: usize) {
     );
     say!(
         "#       size         count      type   redop    root{half}{half}{}",
-        limit("     limit   x out    x in")
+        beside("     limit   x out    x in", "     model   x out    x in")
     );
     let half = format!(
         "     (us)  (GB/s)  (GB/s)        {}",
@@ -102,12 +109,18 @@ pub fn head(args: &Args, table: &Table, ranks: usize) {
     );
     say!(
         "#        (B)    (elements)                          {half}{half}{}",
-        limit("      (us)                ")
+        beside("      (us)                ", "      (us)                ")
     );
 }
 
-/// Print one row.
-pub fn row(args: &Args, case: &Case, bytes: usize, halves: &[Option<Half>; 2], limit: Option<f64>) {
+/// Print one row; `beside` are other times in seconds, the limit and the model's.
+pub fn row(
+    args: &Args,
+    case: &Case,
+    bytes: usize,
+    halves: &[Option<Half>; 2],
+    beside: [Option<f64>; 2],
+) {
     let op = case.op.map_or("none", |op| op.name());
     let root = if case.collective.is_rooted() {
         case.place.root as i64
@@ -144,11 +157,11 @@ pub fn row(args: &Args, case: &Case, bytes: usize, halves: &[Option<Half>; 2], l
             }
         }
     }
-    if let Some(limit) = limit {
-        text += &format!("  {:>8}", fit(limit * 1e6, 8));
+    for other in beside.into_iter().flatten() {
+        text += &format!("  {:>8}", fit(other * 1e6, 8));
         for half in halves {
             match half {
-                Some(half) => text += &format!("  {:>6}", fit(half.time / 1e6 / limit, 6)),
+                Some(half) => text += &format!("  {:>6}", fit(half.time / 1e6 / other, 6)),
                 None => text += &format!("  {:>6}", "N/A"),
             }
         }
