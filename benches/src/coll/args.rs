@@ -93,6 +93,9 @@ pub struct Args {
     /// always the slowest rank's.
     #[arg(short = 'a', long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(0..=3))]
     pub average: u8,
+    /// 1: show what a rank's process (--threads: all ranks together) spends of processors' time, rather than how long it takes.
+    #[arg(short = 'C', long, default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=1))]
+    pub report_cputime: u8,
     /// Write JSON here (--tune: the table).
     #[arg(short = 'J', long)]
     pub output_file: Option<PathBuf>,

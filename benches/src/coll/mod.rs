@@ -345,6 +345,7 @@ mod tests {
             "-m 3",
             "--rotate",
             "--private -u 1 -N 2",
+            "-C 1",
             "--wire unix --security encrypted",
         ] {
             let line =

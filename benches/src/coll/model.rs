@@ -124,6 +124,7 @@ pub(super) fn probing(args: &Args) -> Args {
     Args {
         dirty: true,
         rotate: false,
+        report_cputime: 0,
         budget: Some(args.budget.unwrap_or(0.004)),
         agg_iters: 1,
         warmup_iters: args.warmup_iters.max(2),

@@ -80,6 +80,9 @@ pub struct Config {
     pub pin: bool,
     /// `-u`.
     pub unalign: usize,
+    /// `-C`.
+    #[serde(default)]
+    pub report_cputime: u8,
     /// `--security`.
     #[serde(default)]
     pub security: Option<String>,
@@ -104,6 +107,7 @@ impl Config {
             private: args.private,
             pin: args.pin,
             unalign: args.unalign,
+            report_cputime: args.report_cputime,
             security: args.security.map(|security| security.name().into()),
         }
     }

@@ -42,7 +42,7 @@ pub fn head(args: &Args, table: &Table, ranks: usize) {
         args.unalign
     );
     say!(
-        "# times: {}{}{}{}",
+        "# times: {}{}{}{}{}",
         match (args.dirty, args.blocking) {
             (true, _) =>
                 "inputs rewritten and a barrier before each operation, median of the slowest rank's",
@@ -55,6 +55,10 @@ pub fn head(args: &Args, table: &Table, ranks: usize) {
             ""
         },
         if args.pin { ", a core a rank" } else { "" },
+        match args.report_cputime {
+            0 => "",
+            _ => ", of processors",
+        },
         args.security
             .map(|security| format!(", {} sockets", security.name()))
             .unwrap_or_default(),
