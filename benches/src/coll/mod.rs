@@ -23,7 +23,12 @@ pub mod table;
 pub mod tune;
 mod words;
 
-use fabric_engine::{Result, clock::Clock, comm::host::Host, kernels::Dtype};
+use fabric_engine::{
+    Result,
+    clock::Clock,
+    comm::host::{Host, tuning_path},
+    kernels::Dtype,
+};
 
 use args::Args;
 use case::{Buffers, Case, Memory};
@@ -111,6 +116,9 @@ fn measured(
         wire: host.wire().into(),
         config: Config::new(args, stage.ranks()),
         devices: devices(stage)?,
+        tuning: tuning_path()
+            .filter(|path| path.exists())
+            .map(|path| path.display().to_string()),
         model: model.map(|model| model.constants),
         ..Table::default()
     };

@@ -34,6 +34,9 @@ pub struct Table {
     pub config: Config,
     /// The ranks.
     pub devices: Vec<Device>,
+    /// The table of algorithms of this machine, if it has one.
+    #[serde(default)]
+    pub tuning: Option<String>,
     /// What the model's times are made of.
     #[serde(default)]
     pub model: Option<Constants>,

@@ -63,6 +63,9 @@ pub fn head(args: &Args, table: &Table, ranks: usize) {
             .map(|security| format!(", {} sockets", security.name()))
             .unwrap_or_default(),
     );
+    if let Some(path) = &table.tuning {
+        say!("# algorithms by {path}");
+    }
     say!("#");
     say!("# Using devices");
     for device in &table.devices {

@@ -42,6 +42,7 @@ pub fn run(stage: &Stage, args: &Args) -> fabric::Result<()> {
         return Err(Error::argument("--tune with one rank, which sends nothing", hint).into());
     }
     let path = path(args)?;
+    before(&path)?; // what is no table is refused now, not after half a minute
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let unpinned = model::probing(args);
     for wire in &args.wire {
