@@ -90,9 +90,14 @@ impl Trace {
         self.clock.clone()
     }
 
+    /// Whether anything is noted.
+    pub fn is_on(&self) -> bool {
+        self.book.is_open.load(Ordering::Relaxed)
+    }
+
     /// Note that `event` happened now, if anything is noted.
     pub fn note(&self, event: Event) {
-        if !self.book.is_open.load(Ordering::Relaxed) {
+        if !self.is_on() {
             return;
         }
         let mut records = self.lock();

@@ -11,6 +11,7 @@
 //! went, so that nobody waits for somebody who has given up.
 
 use std::{
+    collections::BTreeSet,
     io::{self, IoSlice, IoSliceMut, Read, Write},
     mem::MaybeUninit,
     os::{
@@ -27,6 +28,7 @@ use rustix::{
         RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
         SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
     },
+    thread::{CpuSet, sched_getaffinity},
 };
 use serde::{Deserialize, Serialize};
 
@@ -50,14 +52,15 @@ pub(crate) struct Passed {
     pub(crate) outcome: Result<(), String>,
     /// Whether all groups of the world have theirs.
     pub(crate) everywhere: bool,
-    /// Ranks of the world on this machine.
-    pub(crate) neighbours: usize,
+    /// Whether more ranks of the world are on this machine than cores that any of them may run on.
+    pub(crate) is_crowded: bool,
 }
 
 /// What a rank tells the others first.
 #[derive(Serialize, Deserialize)]
 struct Card {
     machine: String,
+    cores: Vec<u16>,                 // that this rank may run on
     offer: Result<[u8; 32], String>, // the name to ask at, or why there is nothing to pass
 }
 
@@ -82,6 +85,7 @@ impl Member {
         });
         let card = Card {
             machine: machine(),
+            cores: cores(),
             offer: door.as_ref().map(|_| name).map_err(Clone::clone),
         };
         let bytes = postcard::to_allocvec(&card).expect("a card has only plain fields");
@@ -99,8 +103,15 @@ impl Member {
                 })
             })
             .collect::<Result<Vec<_>>>()?;
-        let neighbours = cards.iter().filter(|other| other.machine == card.machine);
-        let neighbours = neighbours.count();
+        let neighbours = || {
+            let others = cards.iter();
+            others.filter(|other| other.machine == card.machine)
+        };
+        let cores: BTreeSet<u16> = neighbours()
+            .flat_map(|other| &other.cores)
+            .copied()
+            .collect();
+        let is_crowded = neighbours().count() > cores.len().min(quota(&card));
         let key = self
             .options
             .secret
@@ -133,7 +144,7 @@ impl Member {
         Ok(Passed {
             outcome,
             everywhere: rows.iter().all(Vec::is_empty),
-            neighbours,
+            is_crowded,
         })
     }
 }
@@ -263,6 +274,28 @@ impl Party<'_> {
             .update(hello)
             .finalize()
     }
+}
+
+/// The cores that this process may run on: fewer than the machine's where a launcher has bound it.
+fn cores() -> Vec<u16> {
+    match sched_getaffinity(None) {
+        Ok(set) => {
+            let all = 0..CpuSet::MAX_CPU as u16;
+            all.filter(|core| set.is_set((*core).into())).collect()
+        }
+        Err(_) => (0..parallelism() as u16).collect(),
+    }
+}
+
+/// How many cores at once a container's quota leaves to a rank, where it leaves fewer than the rank may run on.
+fn quota(card: &Card) -> usize {
+    Some(parallelism())
+        .filter(|count| *count < card.cores.len())
+        .unwrap_or(usize::MAX)
+}
+
+fn parallelism() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 #[cfg(test)]

@@ -35,11 +35,13 @@ mod ring;
 mod shared;
 mod spread;
 mod tree;
+mod windows;
 
 use std::fmt;
 use std::ops::Range;
 
 pub use self::shared::{Ranks, Shared, posted, shared};
+pub use self::windows::windows;
 
 /// A rank's number within its group, from 0.
 pub type Rank = usize;

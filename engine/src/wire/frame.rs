@@ -218,25 +218,33 @@ impl Header {
     /// Write the header's bytes.
     pub fn encode(&self) -> [u8; HEADER_BYTES] {
         let mut out = [0; HEADER_BYTES];
-        out[0..4].copy_from_slice(&MAGIC.to_le_bytes());
-        out[4..8].copy_from_slice(&self.round.to_le_bytes());
-        out[8..16].copy_from_slice(&self.stamp.sequence.to_le_bytes());
-        out[16] = self.stamp.op as u8;
-        out[17] = self.stamp.reduce as u8;
-        out[18] = self.stamp.dtype.code();
-        out[20..24].copy_from_slice(&self.stamp.root.to_le_bytes());
-        out[24..32].copy_from_slice(&self.stamp.numel.to_le_bytes());
-        let label = self.stamp.label.code() | u64::from(self.stamp.cut) << 40;
-        out[32..40].copy_from_slice(&label.to_le_bytes());
-        out[40..48].copy_from_slice(&self.bytes.to_le_bytes());
+        for (bytes, word) in out.as_chunks_mut::<8>().0.iter_mut().zip(self.to_words()) {
+            *bytes = word.to_le_bytes();
+        }
         out
     }
 
     /// The header's bytes as numbers, for memory that is written a word at a time.
     pub(crate) fn to_words(self) -> [u64; HEADER_BYTES / 8] {
-        let bytes = self.encode();
-        let words = bytes.as_chunks::<8>().0;
-        std::array::from_fn(|at| u64::from_le_bytes(words[at]))
+        let Stamp {
+            sequence,
+            op,
+            reduce,
+            dtype,
+            root,
+            numel,
+            label,
+            cut,
+        } = self.stamp;
+        let codes = op as u64 | (reduce as u64) << 8 | u64::from(dtype.code()) << 16;
+        [
+            u64::from(MAGIC) | u64::from(self.round) << 32,
+            sequence,
+            codes | u64::from(root) << 32,
+            numel,
+            label.code() | u64::from(cut) << 40,
+            self.bytes,
+        ]
     }
 
     /// Read what [`Header::to_words`] gives.

@@ -25,8 +25,12 @@ struct Inner {
     rank: usize,
     seen: Vec<AtomicU64>, // by peer: the latest sequence seen, plus one
     recent: [Entry; REMEMBERED],
-    current: Entry,
+    message: Entry,     // the latest, which has no number
+    current: AtomicU64, // NOTHING, MESSAGE, or the sequence of the operation that this rank is in, plus two
 }
+
+const NOTHING: u64 = 0;
+const MESSAGE: u64 = 1;
 
 /// A stamp, or none: [Note: one writer].
 #[derive(Debug, Default)]
@@ -78,27 +82,33 @@ impl Ledger {
             rank,
             seen,
             recent: std::array::from_fn(|_| Entry::default()),
-            current: Entry::default(),
+            message: Entry::default(),
+            current: AtomicU64::new(NOTHING),
         }))
     }
 
     /// This rank enters an operation.
-    pub fn enter(&self, stamp: Stamp) {
+    pub fn enter(&self, stamp: &Stamp) {
         let header = Header {
-            stamp,
+            stamp: *stamp,
             round: 0,
             bytes: 0,
         };
-        let words = header.to_words();
-        self.0.current.write(&words);
-        if stamp.op != OpCode::SendRecv {
-            self.0.recent[stamp.sequence as usize % REMEMBERED].write(&words); // a message has no number
-        }
+        let (entry, current) = match stamp.op {
+            OpCode::SendRecv => (&self.0.message, MESSAGE),
+            _ => (self.entry(stamp.sequence), stamp.sequence + 2),
+        };
+        entry.write(&header.to_words());
+        self.0.current.store(current, Ordering::Release);
     }
 
     /// This rank's operation is complete.
     pub fn leave(&self) {
-        self.0.current.write(&[0; WORDS]);
+        self.0.current.store(NOTHING, Ordering::Release);
+    }
+
+    fn entry(&self, sequence: u64) -> &Entry {
+        &self.0.recent[sequence as usize % REMEMBERED]
     }
 
     /// `peer` was seen in operation `sequence`.
@@ -117,11 +127,15 @@ impl Ledger {
             .get(peer)
             .map_or(0, |seen| seen.load(Ordering::Relaxed));
         let describe = |sequence: u64| {
-            let stamp = self.0.recent[sequence as usize % REMEMBERED].read();
+            let stamp = self.entry(sequence).read();
             let stamp = stamp.filter(|stamp| stamp.sequence == sequence);
             stamp.map_or_else(|| format!("#{sequence}"), |stamp| stamp.to_string())
         };
-        let current = self.0.current.read();
+        let current = match self.0.current.load(Ordering::Acquire) {
+            NOTHING => None,
+            MESSAGE => self.0.message.read(),
+            current => self.entry(current - 2).read(),
+        };
         Sighting {
             joined: seen
                 .checked_sub(1)
@@ -162,10 +176,10 @@ mod tests {
             label: Label::Bucket(sequence as u32),
             cut: 0,
         };
-        ledger.enter(stamp(4));
+        ledger.enter(&stamp(4));
         ledger.saw(2, 4);
         ledger.leave();
-        ledger.enter(stamp(5));
+        ledger.enter(&stamp(5));
         let text = ledger.lost(2, "its connection closed").to_string();
         assert!(
             text.contains("rank 2 is gone (its connection closed)"),
@@ -183,7 +197,7 @@ mod tests {
         ledger.leave();
         assert_eq!(ledger.sighting(2).waiting, None);
         for sequence in 6..100 {
-            ledger.enter(stamp(sequence));
+            ledger.enter(&stamp(sequence));
         }
         let forgotten = ledger.sighting(2).joined.unwrap();
         assert_eq!(forgotten, (4, "#4".into()));
@@ -197,8 +211,8 @@ mod tests {
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 for number in 0..200_000u64 {
-                    ledger.enter(Stamp {
-                        sequence: number,
+                    ledger.enter(&Stamp {
+                        sequence: number * REMEMBERED as u64, // all in one place
                         op: OpCode::AllReduce,
                         reduce: ReduceCode::Sum,
                         dtype: Dtype::F32,
@@ -211,11 +225,9 @@ mod tests {
                 stop.store(true, Ordering::Relaxed);
             });
             while !stop.load(Ordering::Relaxed) {
-                if let Some(stamp) = ledger.0.current.read() {
-                    assert_eq!(
-                        (stamp.sequence, stamp.root as u64),
-                        (stamp.numel, stamp.numel)
-                    );
+                if let Some(stamp) = ledger.entry(0).read() {
+                    let number = stamp.sequence / REMEMBERED as u64;
+                    assert_eq!((number, u64::from(stamp.root)), (stamp.numel, stamp.numel));
                     assert_eq!(stamp.label, Label::Bucket(stamp.numel as u32));
                 }
             }

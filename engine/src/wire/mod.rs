@@ -83,6 +83,11 @@ pub trait Wire: Send {
 
     /// What was sent so far.
     fn sent(&self) -> Sent;
+
+    /// How long a part of a long vector is best reduced at a time; the same on all ranks, `None` for all of it.
+    fn window_bytes(&self) -> Option<usize> {
+        None
+    }
 }
 
 /// What a wire has sent since it was made.

@@ -89,9 +89,13 @@ impl Fabric {
         };
         let failure = committed.as_ref().err().map(Error::to_string);
         let heard = self.broadcast(failure, 0);
+        let all_heard = match &heard {
+            Ok(Some(_)) => self.all_have_heard(),
+            _ => Ok(()),
+        };
         committed?; // the first cause
         match heard? {
-            Some(what) => Err(failed(0, "save", path, &what)),
+            Some(what) => all_heard.and(Err(failed(0, "save", path, &what))),
             None => Ok(()),
         }
     }

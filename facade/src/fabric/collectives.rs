@@ -85,7 +85,10 @@ impl Fabric {
         if !self.is_global_zero() {
             return match self.hear_from_zero(String::new())?.as_str() {
                 "" => body(),
-                failure => Err(Error::new(format!("rank 0 failed first: {failure}"))),
+                failure => {
+                    self.all_have_heard()?;
+                    Err(Error::new(format!("rank 0 failed first: {failure}")))
+                }
             };
         }
         let result = body();
@@ -93,9 +96,18 @@ impl Fabric {
             .as_ref()
             .err()
             .map_or(String::new(), |error| format!("{error} "));
-        let heard = self.hear_from_zero(failure);
+        let failed = result.is_err();
+        let mut heard = self.hear_from_zero(failure).map(drop);
+        if failed {
+            heard = heard.and_then(|()| self.all_have_heard());
+        }
         let value = result?; // the first cause
-        heard.map(|_| value)
+        heard.map(|()| value)
+    }
+
+    /// A broadcast's root waits for nobody; one that leaves in anger would stop those who have not read it yet.
+    pub(crate) fn all_have_heard(&self) -> Result<()> {
+        Ok(self.comm()?.lock().barrier()?)
     }
 
     /// Leave when every rank has come, however long that takes.

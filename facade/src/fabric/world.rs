@@ -13,7 +13,7 @@ use fabric_engine::{
     clock::Clock,
     comm::{
         Communicator,
-        host::{Host, Options as HostOptions},
+        host::{Host, Options as HostOptions, Security},
         solo::Solo,
     },
     rendezvous::{Control, Member, Options, Secret},
@@ -91,6 +91,7 @@ fn connect(member: &Arc<Member>) -> Result<Host> {
     if let Some(time) = seconds("FABRIC_TIMEOUT_S", "a collective may take")? {
         options.deadline = time;
     }
+    options.security = security()?;
     let wire = std::env::var("FABRIC_WIRE").unwrap_or_else(|_| "auto".into());
     match wire.as_str() {
         "auto" => Ok(Host::best(member, options)?),
@@ -101,11 +102,31 @@ fn connect(member: &Arc<Member>) -> Result<Host> {
                 "Use FABRIC_WIRE=auto, or start all ranks on one machine, as one user, in one container",
             )
         }),
+        "unix" => Host::unix(member, options)?.ok_or_else(|| {
+            Error::argument(
+                "FABRIC_WIRE = 'unix', but these ranks are not all on one machine",
+                "Use FABRIC_WIRE=auto, or start all ranks on one machine, as one user, in one container",
+            )
+        }),
         _ => Err(Error::argument(
             format!("FABRIC_WIRE = '{wire}' is not known"),
-            "Choose one of auto, shm, tcp",
+            "Choose one of auto, shm, unix, tcp",
         )),
     }
+}
+
+/// What FABRIC_SECURITY asks for.
+fn security() -> Result<Option<Security>> {
+    let Ok(text) = std::env::var("FABRIC_SECURITY") else {
+        return Ok(None);
+    };
+    let known = Security::from_name(&text);
+    known.map(Some).ok_or_else(|| {
+        Error::argument(
+            format!("FABRIC_SECURITY = '{text}' is not known"),
+            "Choose one of plain, authenticated, encrypted, or leave it to the addresses",
+        )
+    })
 }
 
 /// A time in seconds from the environment.

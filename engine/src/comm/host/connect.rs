@@ -158,10 +158,9 @@ impl Host {
             (Err(why), _) | (Ok(()), Err(why)) => return Ok((Err(why), passed.everywhere)),
         };
         let vigil = watch(member, &group, &options);
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let crowded = passed.neighbours > cores;
-        let shared = Group::new(rank, arena.clone(), peers, vigil.clone(), crowded);
-        let executor = Executor::Shared(SharedMemory::new(shared, options.tuning.clone()));
+        let shared = Group::new(rank, arena.clone(), peers, vigil.clone(), passed.is_crowded);
+        let executor =
+            Executor::Shared(Box::new(SharedMemory::new(shared, options.tuning.clone())));
         let control = Some(member.control().clone());
         let kind = WireKind::Shm;
         let mut host = Self::start(executor, kind, Some(arena), vigil, options, control)?;
@@ -213,7 +212,11 @@ impl Host {
             wire = kind.name(),
             security = security.name()
         );
-        let wire = Streams::new(rank, peers.connections, security, vigil.clone())?;
+        let Peers {
+            connections,
+            is_local,
+        } = peers;
+        let wire = Streams::new(rank, connections, security, is_local, vigil.clone())?;
         let control = Some(member.control().clone());
         let mut host = Self::over(Box::new(wire), kind, vigil, options, control)?;
         host.family = Some(Family::new(member, group, name, reach));

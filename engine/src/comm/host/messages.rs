@@ -72,10 +72,23 @@ impl Messages {
         &mut self,
         stamp: &Stamp,
         call: &Call,
-        data: Data,
+        data: &mut Data,
         patience: Duration,
-    ) -> Result<(Data, Spent)> {
+    ) -> Result<Spent> {
         let deadline = self.clock.now() + patience;
+        let given = std::mem::replace(data, Data::None);
+        let (back, spent) = self.do_on(stamp, call, given, deadline)?;
+        *data = back;
+        Ok(spent)
+    }
+
+    fn do_on(
+        &mut self,
+        stamp: &Stamp,
+        call: &Call,
+        data: Data,
+        deadline: Duration,
+    ) -> Result<(Data, Spent)> {
         let Some(kind) = call.op.kind() else {
             return self.exchange(stamp, call, data, deadline);
         };
@@ -218,7 +231,7 @@ impl Messages {
 
     fn script(&mut self, key: Key) -> Arc<Script> {
         let (world, rank) = (self.wire.size(), self.wire.rank());
-        let (tuning, wire) = (&self.tuning, self.kind);
+        let (tuning, wire, window) = (&self.tuning, self.kind, self.wire.window_bytes());
         self.scripts.get(key, |key| {
             let bytes = key.numel * key.dtype.size();
             let algorithm = tuning.choose(&key.kind, world, bytes, wire);
@@ -228,8 +241,9 @@ impl Messages {
                 _ => Problem::even(key.kind, world, key.numel),
             };
             let problem = problem.with_lifted(key.lifted);
-            let schedule = schedule::messages(algorithm, &problem, rank)
-                .or_else(|| schedule::messages(schedule::Algorithm::Direct, &problem, rank))
+            let window = window.map_or(usize::MAX, |bytes| bytes / key.dtype.size());
+            let schedule = schedule::windows(algorithm, &problem, rank, window)
+                .or_else(|| schedule::windows(schedule::Algorithm::Direct, &problem, rank, window))
                 .expect("direct does every collective");
             Script::new(&problem, rank, schedule, key.hold, lengths.unwrap_or(&[]))
         })

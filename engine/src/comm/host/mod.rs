@@ -93,8 +93,8 @@ pub struct Host {
 
 /// What runs schedules.
 enum Executor {
-    Messages(Messages),
-    Shared(SharedMemory),
+    Messages(Box<Messages>),
+    Shared(Box<SharedMemory>),
 }
 
 impl Executor {
@@ -102,9 +102,9 @@ impl Executor {
         &mut self,
         stamp: &Stamp,
         call: &Call,
-        data: Data,
+        data: &mut Data,
         patience: Duration,
-    ) -> Result<(Data, Spent)> {
+    ) -> Result<Spent> {
         match self {
             Self::Messages(messages) => messages.run(stamp, call, data, patience),
             Self::Shared(shared) => shared.run(stamp, call, data, patience),
@@ -197,7 +197,7 @@ impl Host {
         let clock = options.clock.clone();
         let messages = Messages::new(wire, kind, options.tuning.clone(), clock);
         Self::start(
-            Executor::Messages(messages),
+            Executor::Messages(Box::new(messages)),
             kind,
             None,
             vigil,
@@ -265,9 +265,10 @@ impl Host {
 /// The worker's life: one job after the other, in order of submission.
 fn work(shared: &Shared, jobs: &Taker<Job>, pending: &AtomicUsize) {
     while let Some(job) = jobs.take() {
-        let result = shared.run(&job.stamp, &job.call, job.data);
+        let mut data = job.data;
+        let result = shared.run(&job.stamp, &job.call, &mut data);
         pending.fetch_sub(1, Ordering::AcqRel);
-        job.promise.keep(result);
+        job.promise.keep(result.map(|()| data));
     }
 }
 
@@ -281,22 +282,25 @@ impl Drop for Host {
 }
 
 impl Shared {
-    fn run(&self, stamp: &Stamp, call: &Call, data: Data) -> Result<Data> {
+    /// On failure the executor keeps the memory.
+    fn run(&self, stamp: &Stamp, call: &Call, data: &mut Data) -> Result<()> {
         self.check(stamp)?;
         let patience = call.deadline.unwrap_or(self.options.deadline);
-        self.ledger.enter(*stamp);
+        self.ledger.enter(stamp);
         let mut executor = self
             .executor
             .lock()
             .unwrap_or_else(|held| held.into_inner());
         match executor.run(stamp, call, data, patience) {
-            Ok((data, cost)) => {
+            Ok(cost) => {
                 self.ledger.leave();
                 self.spent.add(cost);
-                self.trace.note(Event::Completed {
-                    sequence: stamp.sequence,
-                });
-                Ok(data)
+                if self.trace.is_on() {
+                    self.trace.note(Event::Completed {
+                        sequence: stamp.sequence,
+                    });
+                }
+                Ok(())
             }
             Err(error) => {
                 let first = self.fail(error);
@@ -308,6 +312,9 @@ impl Shared {
 
     /// Has somebody failed? A peer that was lost while nobody waited for it is missed by `stamp` now.
     fn check(&self, stamp: &Stamp) -> Result<()> {
+        if !self.signal.is_raised() {
+            return Ok(());
+        }
         self.signal.amend(|error| match error {
             Error::PeerLost(lost) if lost.waiting.is_none() => {
                 let waiting = Some(format!("{stamp} on rank {}", self.rank));
@@ -359,23 +366,25 @@ impl Communicator for Host {
         Ok(slab.unwrap_or_else(|| Slab::zeroed(dtype, numel))) // a full arena costs copies, not the run
     }
 
-    fn submit(&mut self, call: Call, data: Data) -> Result<Work> {
+    fn submit(&mut self, call: Call, mut data: Data) -> Result<Work> {
         let shared = &self.shared;
         let shape = check_shapes(shared.rank, shared.size, &call, &data)?;
         let stamp = stamp(self.sequence, &call, shape);
         shared.check(&stamp)?;
         self.sequence += u64::from(call.op.kind().is_some());
-        let (op, bytes) = (stamp.op.name(), shape.numel * shape.dtype.size());
-        shared.trace.note(Event::Submitted {
-            sequence: stamp.sequence,
-            label: call.label,
-            op,
-            bytes,
-        });
+        if shared.trace.is_on() {
+            shared.trace.note(Event::Submitted {
+                sequence: stamp.sequence,
+                label: call.label,
+                op: stamp.op.name(),
+                bytes: shape.numel * shape.dtype.size(),
+            });
+        }
         let idle =
             self.worker.is_none() || (call.blocking && self.pending.load(Ordering::Acquire) == 0);
         if idle {
-            return Ok(Work::done(shared.run(&stamp, &call, data)));
+            let result = shared.run(&stamp, &call, &mut data);
+            return Ok(Work::done(result.map(|()| data)));
         }
         let (promise, work) = self.desk.open(shared.signal.clone());
         self.pending.fetch_add(1, Ordering::AcqRel);

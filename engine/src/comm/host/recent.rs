@@ -7,7 +7,6 @@ const MOST: usize = 512; // more kinds of calls than the buckets of a large mode
 /// Values by key. When there are too many, the one that was longest not asked for makes room.
 pub(super) struct Recent<K, V> {
     values: HashMap<K, Entry<V>>,
-    last: Option<(K, Arc<V>)>, // the one of the latest turn, found without hashing
     turn: u64,
 }
 
@@ -20,24 +19,16 @@ impl<K: Clone + Eq + Hash, V> Recent<K, V> {
     pub(super) fn new() -> Self {
         Self {
             values: HashMap::new(),
-            last: None,
             turn: 0,
         }
     }
 
     /// The value of `key`, made now if it is not here.
     pub(super) fn get(&mut self, key: K, make: impl FnOnce(&K) -> V) -> Arc<V> {
-        if let Some((last, value)) = &self.last
-            && *last == key
-        {
-            return value.clone();
-        }
         self.turn += 1;
         if let Some(entry) = self.values.get_mut(&key) {
             entry.asked = self.turn;
-            let value = entry.value.clone();
-            self.last = Some((key, value.clone()));
-            return value;
+            return entry.value.clone();
         }
         if self.values.len() == MOST {
             let oldest = self.values.iter().min_by_key(|(_, entry)| entry.asked);
@@ -50,7 +41,6 @@ impl<K: Clone + Eq + Hash, V> Recent<K, V> {
             value: value.clone(),
             asked: self.turn,
         };
-        self.last = Some((key.clone(), value.clone()));
         self.values.insert(key, entry);
         value
     }

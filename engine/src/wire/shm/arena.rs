@@ -132,6 +132,22 @@ impl Mapping {
         unsafe { Span::from_raw(start, dtype, numel, Memory::Host) }
     }
 
+    /// Copy `bytes` to where this arena's rank posts with `step`, `skip` bytes from the start of it.
+    ///
+    /// # Panics
+    /// When there is no room for so many.
+    pub(crate) fn post(&self, step: u32, skip: usize, bytes: &[u8]) {
+        assert!(bytes.len() <= POST_BYTES - skip, "posts are small");
+        let target = self
+            .map
+            .as_mut_ptr()
+            .wrapping_add(post(step) as usize + skip);
+        // SAFETY: inside the mapping by the assertion and SMALLEST; `bytes` are a reference's, and none lies over posts.
+        // Nobody reads this post before the step is published, and nobody still reads what was here before: `flags`,
+        // [Note: lines]. A breach would show in the parity tests of `comm::host`.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), target, bytes.len()) };
+    }
+
     /// Elements to store, `at` bytes from the start.
     ///
     /// # Panics

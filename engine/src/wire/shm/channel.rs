@@ -82,7 +82,7 @@ impl Group {
                 self.turns.learn();
                 return Ok(());
             };
-            if moved || self.turns.pass() {
+            if moved || self.turns.pass(&self.vigil.clock) {
                 continue;
             }
             self.pending.clear();

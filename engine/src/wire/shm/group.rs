@@ -131,39 +131,46 @@ impl Group {
                 self.turns.learn();
                 return Ok(step);
             };
-            if !self.turns.pass() {
+            if !self.turns.pass(&self.vigil.clock) {
                 let nap = self.check(header)?;
                 self.memory(first).control().park(free, nap);
             }
         }
     }
 
-    /// Come to the next step with `words`, and wait for those that are needed: their words, and what they stored before,
-    /// are seen then.
+    /// Come to the next step with `words`, and wait for all: their words, and what they stored before, are seen then.
     ///
     /// # Errors
     /// When a peer is in another operation, has failed, or does not come in time; when the signal is raised.
-    pub(crate) fn meet(
-        &mut self,
-        header: &Header,
-        words: [u64; WORDS],
-        needs: Needs,
-    ) -> Result<()> {
-        self.step = self.room(header)?;
+    pub(crate) fn meet(&mut self, header: &Header, words: [u64; WORDS]) -> Result<()> {
+        self.room(header)?;
+        let print = self.come(header, words);
+        self.wait(header, print, Needs::All)
+    }
+
+    /// Come to the next step, which has room, with `words`; gives the fingerprint that others must have.
+    pub(crate) fn come(&mut self, header: &Header, words: [u64; WORDS]) -> u64 {
+        self.step = self.step.wrapping_add(1);
         let details = header.to_words();
         let note = Note {
             print: print(&details),
             words,
         };
-        self.own
-            .mapping()
-            .control()
-            .publish(self.step, &note, &details);
+        let control = self.own.mapping().control();
+        control.publish(self.step, &note, &details);
         self.words[self.rank] = words;
+        note.print
+    }
+
+    /// Wait for those that are needed to come to the step to which this rank has come.
+    ///
+    /// # Errors
+    /// As [`Group::meet`].
+    pub(crate) fn wait(&mut self, header: &Header, print: u64, needs: Needs) -> Result<()> {
         self.expect(needs);
         let mut has_rung = false;
         loop {
-            self.look(note.print, header)?;
+            self.look(print, header)?;
             let Some(&first) = self.pending.first() else {
                 self.turns.learn();
                 if !has_rung {
@@ -178,7 +185,7 @@ impl Group {
                 self.own.mapping().control().ring(self.step);
                 has_rung = true;
             }
-            if !self.turns.pass() {
+            if !self.turns.pass(&self.vigil.clock) {
                 let nap = self.check(header)?;
                 self.memory(first).control().park(self.step, nap);
             }

@@ -98,12 +98,16 @@ impl Receiving {
         HEADER_BYTES + self.expected - self.done
     }
 
+    /// Whether the header is whole, and was not taken.
+    pub(super) fn has_new_header(&self) -> bool {
+        self.done >= HEADER_BYTES && !self.is_accepted
+    }
+
     /// The header, once it is whole, once.
     pub(super) fn take_header(&mut self) -> Option<&[u8; HEADER_BYTES]> {
-        if self.done < HEADER_BYTES || std::mem::replace(&mut self.is_accepted, true) {
-            return None;
-        }
-        Some(&self.header)
+        let is_new = self.has_new_header();
+        self.is_accepted |= is_new;
+        is_new.then_some(&self.header)
     }
 
     /// Where the next bytes go: what is missing of the header, and after it what is missing of one piece.

@@ -138,11 +138,22 @@ impl Lane {
         let Some(records) = &mut self.records else {
             return Ok(self.read_plain(traffic, memory)?);
         };
-        if records.take(&mut self.recvs, traffic, memory)? {
-            return Ok(());
+        let mut has_moved = false;
+        loop {
+            let took = records.take(&mut self.recvs, traffic, memory)?;
+            if !took && has_moved {
+                return Ok(());
+            }
+            if !took {
+                records.read(&mut self.socket)?;
+            }
+            has_moved = true;
+            // A header is looked at before what follows it is let in, and a message that is complete makes way.
+            let first = self.recvs.front();
+            if first.is_some_and(|recv| recv.has_new_header() || recv.left() == 0) {
+                return Ok(());
+            }
         }
-        records.read(&mut self.socket)?;
-        records.take(&mut self.recvs, traffic, memory).map(drop)
     }
 
     fn read_plain(&mut self, traffic: &Traffic, memory: &mut [Slab]) -> io::Result<()> {

@@ -27,6 +27,15 @@ pub use socket::Socket;
 
 const NAP: Duration = Duration::from_millis(50); // how often a wait looks at the signal
 const TURN_BYTES: usize = 256 << 10; // moved one way before the other way has its turn
+const YIELDS: u32 = 4; // before a wait sleeps
+
+// [Note: on one machine] Between ranks of one machine both ends of a connection share caches: what is in flight should stay
+// there, and a round trip costs microseconds. So the sockets hold more at once, and long vectors are reduced in windows.
+// (Two ranks, 64 MiB all_reduce, best of five: 26 ms with windows, 17 ms with larger buffers too, 35 ms with neither. Four ranks:
+// 87 ms with windows of 1 MiB, 135 ms with 2 MiB.)
+// Across machines the kernel grows buffers as the path needs, and more round trips would cost more than the caches save.
+const BUFFER_BYTES: usize = 1 << 20;
+const WINDOW_BYTES: usize = 256 << 10; // a rank
 
 /// A connection to a peer that has proved who it is.
 pub struct Connection {
@@ -41,13 +50,15 @@ pub struct Streams {
     rank: usize,
     lanes: Vec<Option<Lane>>, // by peer
     busy: Vec<usize>,         // peers whose lanes are not done
+    is_local: bool,
     waiting: Waiting,
     vigil: Vigil,
     sent: Sent,
 }
 
 impl Streams {
-    /// `peers[r]` is the connection to rank `r`; there is none to this rank.
+    /// `peers[r]` is the connection to rank `r`; there is none to this rank. `is_local`: all ranks are on one machine, which
+    /// all ranks must know alike.
     ///
     /// # Errors
     /// When a socket refuses to become non-blocking.
@@ -55,13 +66,17 @@ impl Streams {
         rank: usize,
         peers: Vec<Option<Connection>>,
         security: Security,
+        is_local: bool,
         vigil: Vigil,
     ) -> Result<Self> {
-        for connection in peers.iter().flatten() {
-            let prepared = connection
-                .socket
+        for Connection { socket, .. } in peers.iter().flatten() {
+            let prepared = socket
                 .set_nonblocking(true)
-                .and_then(|()| connection.socket.set_nodelay());
+                .and_then(|()| socket.set_nodelay())
+                .and_then(|()| match is_local {
+                    true => socket.set_buffers(BUFFER_BYTES),
+                    false => Ok(()),
+                });
             prepared.map_err(|e| Error::io(rank, "prepare a connection", e))?;
         }
         let lane = |(peer, connection): (usize, Option<Connection>)| {
@@ -70,6 +85,7 @@ impl Streams {
         let lanes = peers.into_iter().enumerate().map(lane).collect::<Vec<_>>();
         Ok(Self {
             rank,
+            is_local,
             busy: Vec::with_capacity(lanes.len()),
             waiting: Waiting::new(lanes.len()),
             lanes,
@@ -131,6 +147,7 @@ impl Wire for Streams {
             stamp,
             round,
         };
+        let mut yields = 0;
         loop {
             let mut moved = false;
             for peer in &self.busy {
@@ -152,7 +169,13 @@ impl Wire for Streams {
                     after,
                 });
             }
-            if !moved {
+            if moved {
+                yields = 0;
+            } else if yields < YIELDS {
+                // The peer may be about to write, or wait for this core: a small message takes 5 us so, and 18 us asleep.
+                yields += 1;
+                std::thread::yield_now();
+            } else {
                 let nap = deadline.map_or(NAP, |deadline| NAP.min(deadline - now));
                 let busy = self.busy.iter();
                 let fds = busy.filter_map(|peer| self.lanes[*peer].as_ref().map(Lane::poll_fd));
@@ -165,5 +188,9 @@ impl Wire for Streams {
 
     fn sent(&self) -> Sent {
         self.sent
+    }
+
+    fn window_bytes(&self) -> Option<usize> {
+        self.is_local.then_some(WINDOW_BYTES * self.lanes.len()) // [Note: on one machine]
     }
 }

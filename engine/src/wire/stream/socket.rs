@@ -43,6 +43,16 @@ impl Socket {
         }
     }
 
+    /// How much may be in flight, each way.
+    ///
+    /// # Errors
+    /// The system's refusal.
+    pub fn set_buffers(&self, bytes: usize) -> io::Result<()> {
+        let socket = socket2::SockRef::from(self);
+        socket.set_send_buffer_size(bytes)?;
+        socket.set_recv_buffer_size(bytes)
+    }
+
     /// How long a blocking read may take.
     ///
     /// # Errors

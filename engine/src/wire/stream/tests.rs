@@ -54,7 +54,10 @@ fn end(rank: usize, security: Security) -> (Streams, UnixStream) {
         signal: Signal::new(),
         ledger: Ledger::new(rank, 2),
     };
-    (Streams::new(rank, peers, security, vigil).unwrap(), far)
+    (
+        Streams::new(rank, peers, security, false, vigil).unwrap(),
+        far,
+    )
 }
 
 fn exchange(wire: &mut Streams, traffic: &Traffic, memory: &mut [Slab]) -> Result<()> {

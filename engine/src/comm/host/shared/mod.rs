@@ -6,7 +6,7 @@ mod outline;
 mod pass;
 mod windows;
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use fabric_kernels::Dtype;
 
@@ -33,10 +33,11 @@ pub(super) struct SharedMemory {
     tuning: Tuning,
     cache_bytes: usize, // what all ranks together can keep near
     outlines: Recent<Key, Outline>,
+    last: Option<(Key, Arc<Outline>)>,
     inline: Slab,       // small inputs, by rank, of the call that runs
     factors: Vec<f64>,  // by rank, of the call that runs
     places: Vec<Place>, // by rank, of the call that runs
-    flying: Vec<Data>, // the memory of the call that runs; of a failed one, too, because peers may still store there
+    kept: Vec<Data>,    // the memory of a call that failed: peers may still store there
 }
 
 /// Where a rank's input and output start in its arena, in bytes.
@@ -54,9 +55,10 @@ impl SharedMemory {
             tuning,
             cache_bytes: cache::bytes(),
             outlines: Recent::new(),
+            last: None,
             factors: Vec::new(),
             places: Vec::new(),
-            flying: Vec::with_capacity(1),
+            kept: Vec::new(),
         }
     }
 
@@ -73,21 +75,16 @@ impl SharedMemory {
         &mut self,
         stamp: &Stamp,
         call: &Call,
-        data: Data,
+        data: &mut Data,
         patience: Duration,
-    ) -> Result<(Data, Spent)> {
-        self.flying.push(data);
+    ) -> Result<Spent> {
         self.group.begin(patience);
-        match self.attempt(stamp, call) {
-            Ok(spent) => {
-                let data = self.flying.pop().expect("pushed above");
-                Ok((data, spent))
-            }
-            Err(error) => {
-                self.group.fail();
-                Err(error)
-            }
+        let done = self.attempt(stamp, call, data);
+        if done.is_err() {
+            self.kept.push(std::mem::replace(data, Data::None));
+            self.group.fail();
         }
+        done
     }
 
     /// What `run` costs when all buffers are in arenas, from the schedule alone. Through the stages the same elements
@@ -108,16 +105,20 @@ impl SharedMemory {
         }
     }
 
-    fn attempt(&mut self, stamp: &Stamp, call: &Call) -> Result<Spent> {
+    fn attempt(&mut self, stamp: &Stamp, call: &Call, data: &mut Data) -> Result<Spent> {
         let (rank, size) = (self.rank(), self.size());
-        let data = self.flying.last_mut().expect("pushed by run");
         let Some(key) = Key::new(call, stamp.dtype, stamp.numel as usize) else {
             return message(&mut self.group, stamp, call.op, data);
         };
-        let tuning = &self.tuning;
-        let outline = self
-            .outlines
-            .get(key, |key| Outline::new(key, tuning, size, rank));
+        // The last call's is found without a look, because calls like to repeat.
+        let outline = match self.last.take() {
+            Some((last, outline)) if last == key => outline,
+            _ => {
+                let tuning = &self.tuning;
+                let make = |key: &Key| Outline::new(key, tuning, size, rank);
+                self.outlines.get(key.clone(), make)
+            }
+        };
         let mut pass = Pass {
             header: Header {
                 stamp: *stamp,
@@ -142,8 +143,10 @@ impl SharedMemory {
                 ..Spent::default()
             },
         };
-        pass.go(&outline, data)?;
-        Ok(pass.spent)
+        let done = pass.go(&outline, data);
+        let spent = pass.spent;
+        self.last = Some((key, outline));
+        done.map(|()| spent)
     }
 }
 

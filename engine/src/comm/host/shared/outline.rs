@@ -1,6 +1,9 @@
 //! What a rank does for a kind of call: made once, kept, and run as often as the call comes.
 
-use std::{ops::Range, sync::Arc};
+use std::{
+    ops::Range,
+    sync::{Arc, OnceLock},
+};
 
 use fabric_kernels::Dtype;
 
@@ -8,6 +11,7 @@ use super::super::{
     super::{Call, Spent},
     script::starts,
 };
+use super::windows::{Window, windows};
 use crate::{
     schedule::{
         self, Algorithm, Kind, Problem, Ranks, Shared,
@@ -62,6 +66,7 @@ pub(super) struct Outline {
     pub(super) lengths: (usize, usize),
     /// Elements in all ranks' inputs and outputs.
     pub(super) touched_elems: usize,
+    windows: OnceLock<Vec<Window>>, // for private buffers
     size: usize,
     rank: usize,
 }
@@ -152,9 +157,15 @@ impl Outline {
             starts: starts(&problem, rank, true),
             touched_elems: touched.sum(),
             problem,
+            windows: OnceLock::new(),
             size,
             rank,
         }
+    }
+
+    /// The windows in which private buffers go through the stages.
+    pub(super) fn windows(&self, dtype: Dtype) -> &[Window] {
+        self.windows.get_or_init(|| windows(&self.problem, dtype))
     }
 
     /// What it costs, by the steps.

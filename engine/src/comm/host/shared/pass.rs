@@ -24,8 +24,8 @@ use crate::{
     error::{Error, Result},
     schedule::{Problem, Ranks, Shared, choose::Tuning},
     wire::{
-        frame::Header,
-        shm::{Group, Needs, PRIVATE, STAGE_IN, post},
+        frame::{Header, ReduceCode},
+        shm::{Group, PRIVATE, STAGE_IN, post},
     },
 };
 
@@ -57,14 +57,14 @@ impl Pass<'_> {
     /// All meet once, each with a copy of its input.
     fn post(&mut self, outline: &Outline, posts: &Posts, data: &mut Data) -> Result<()> {
         let dtype = self.math.stamp.dtype;
-        let hand = Hand::new(outline, data);
         let is_inline = posts.longest * dtype.size() <= INLINE_BYTES;
+        let hand = Hand::new(outline, data);
         let step = self.group.room(&self.header)?;
         let mut words = [0; 6];
         words[0] = self.factor().to_bits();
+        let mut filled = 0;
         if is_inline {
             let target = bytemuck::cast_slice_mut::<u64, u8>(&mut words[1..]);
-            let mut filled = 0;
             hand.read(data, |slab, range| {
                 let part = slab.bytes_of(&range);
                 target[filled..filled + part.len()].copy_from_slice(part);
@@ -72,16 +72,25 @@ impl Pass<'_> {
                 Ok(())
             })?;
         } else {
-            let (own, mut at) = (self.group.own().mapping(), post(step));
+            let own = self.group.own().mapping();
             hand.read(data, |slab, range| {
-                let numel = range.len();
-                let target = own.span_mut(at, dtype, numel);
-                at += (numel * dtype.size()) as u64;
-                kernels::cast(slab.part(range), target).map_err(self.refused())
+                let part = slab.bytes_of(&range);
+                own.post(step, filled, part);
+                filled += part.len();
+                Ok(())
             })?;
         }
-        self.group.meet(&self.header, words, posts.needs)?;
-        if is_inline {
+        let print = self.group.come(&self.header, words);
+        let rank = self.math.rank;
+        if self.math.stamp.reduce == ReduceCode::None {
+            // What this rank keeps need not wait for anybody.
+            for work in posts.works.iter().filter(|work| work.sources.start == rank) {
+                hand.keep(work, data).map_err(self.refused())?;
+            }
+        }
+        self.group.wait(&self.header, print, posts.needs)?;
+        self.learn_factors();
+        if is_inline && !posts.works.is_empty() {
             self.inline.retype(Dtype::U8);
             let all = self.inline.as_bytes_mut().chunks_exact_mut(INLINE_BYTES);
             for (target, words) in all.zip(self.group.words()) {
@@ -89,20 +98,21 @@ impl Pass<'_> {
             }
             self.inline.retype(dtype);
         }
-        self.learn_factors();
         for work in &posts.works {
-            let from_peers =
-                work.sources.len() - usize::from(work.sources.contains(&self.math.rank));
+            let is_own = work.sources.contains(&rank);
+            let from_peers = work.sources.len() - usize::from(is_own);
             self.spent.bytes += (from_peers * work.elems * dtype.size()) as u64;
             self.spent.messages += u64::from(from_peers > 0);
-            self.work_out(work, is_inline, step, &hand, data)?;
+            if from_peers > 0 || self.math.stamp.reduce != ReduceCode::None {
+                self.work_out(work, is_inline, step, &hand, data)?;
+            }
         }
         Ok(())
     }
 
     /// Elements of this rank's own output, from what everybody has posted.
     fn work_out(
-        &mut self,
+        &self,
         work: &Work,
         is_inline: bool,
         step: u32,
@@ -129,13 +139,24 @@ impl Pass<'_> {
                     let at = post(step) + (skip * dtype.size()) as u64;
                     group.memory(source).span(at, dtype, elems)
                 };
-                let mut target = [slab.part_mut(part)];
-                let done = if let Range { start: 0, end: 2 } = work.sources {
-                    let pair = [load(0), load(1)]; // the commonest case, without a list
-                    kernels::combine(fold, &pair, factors, finish, &mut target, Store::Cached)
-                } else {
-                    let sources: SmallVec<[_; 16]> = work.sources.clone().map(load).collect();
-                    kernels::combine(fold, &sources, factors, finish, &mut target, Store::Cached)
+                let target = slab.part_mut(part);
+                let done = match (work.sources.len(), factors) {
+                    (1, None) => kernels::cast(load(work.sources.start), target),
+                    (2, _) => {
+                        let pair = [load(0), load(1)]; // the commonest case, without a list
+                        kernels::combine(fold, &pair, factors, finish, &mut [target], Store::Cached)
+                    }
+                    _ => {
+                        let sources: SmallVec<[_; 16]> = work.sources.clone().map(load).collect();
+                        kernels::combine(
+                            fold,
+                            &sources,
+                            factors,
+                            finish,
+                            &mut [target],
+                            Store::Cached,
+                        )
+                    }
                 };
                 done.map_err(self.refused())
             },
@@ -174,7 +195,7 @@ impl Pass<'_> {
     }
 
     pub(super) fn meet(&mut self, words: [u64; 6]) -> Result<()> {
-        self.group.meet(&self.header, words, Needs::All)?;
+        self.group.meet(&self.header, words)?;
         self.header.round = self.header.round.wrapping_add(1);
         Ok(())
     }
@@ -313,6 +334,18 @@ impl Hand {
         Place {
             input: place(input, &self.input),
             output: place(output, &self.output),
+        }
+    }
+
+    /// The output of a work whose only source is this rank's own input.
+    fn keep(&self, work: &Work, data: &mut Data) -> Result<(), KernelError> {
+        let (input, output) = (self.input.start + work.skip, self.output.start + work.start);
+        match data {
+            Data::Out { from, into } => kernels::cast(
+                from.part(input..input + work.elems),
+                into.part_mut(output..output + work.elems),
+            ),
+            _ => Ok(()), // in place, the elements are where they belong
         }
     }
 

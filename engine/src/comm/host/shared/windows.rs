@@ -24,26 +24,20 @@ use crate::{
 
 impl Pass<'_> {
     pub(super) fn windows(&mut self, outline: &Outline, data: &mut Data) -> Result<()> {
-        let (problem, size, dtype) = (&outline.problem, self.math.size, self.math.stamp.dtype);
+        let (problem, size) = (&outline.problem, self.math.size);
         let hand = Hand::new(outline, data);
-        let parts = Parts::of(problem);
-        let width = STAGE_BYTES / dtype.size() / parts.held;
-        let longest = parts.parts.iter().map(ExactSizeIterator::len).max();
         let stages = Place {
             input: STAGE_IN,
             output: STAGE_OUT,
         };
         self.places.resize(size, stages);
-        for start in (0..longest.unwrap_or(0)).step_by(width) {
-            let window = parts.window(start, width);
-            let key = window.key(problem, dtype);
+        for window in outline.windows(self.math.stamp.dtype) {
             let (tuning, rank) = (self.tuning, self.math.rank);
-            let small = self
-                .outlines
-                .get(key, |key| Outline::new(key, tuning, size, rank));
-            self.copy_in(problem, &small.problem, &window, &hand, data)?;
+            let make = |key: &Key| Outline::new(key, tuning, size, rank);
+            let small = self.outlines.get(window.key.clone(), make);
+            self.copy_in(problem, &small.problem, window, &hand, data)?;
             self.steps(&small, &small.steps)?;
-            self.copy_out(problem, &small.problem, &window, &hand, data)?;
+            self.copy_out(problem, &small.problem, window, &hand, data)?;
         }
         Ok(())
     }
@@ -101,71 +95,65 @@ impl Pass<'_> {
     }
 }
 
-/// What a window is cut out of: each slice where ranks have their own, the vector where all have the whole.
-struct Parts {
-    parts: Vec<Range<usize>>,
-    held: usize, // how many of them one rank holds at most
+/// Pieces of the full vector, one out of each part, and where each starts in the window's own.
+pub(super) struct Window {
+    pieces: Vec<(Range<usize>, usize)>,
+    key: Key, // of the window as a problem of its own
 }
 
-impl Parts {
-    fn of(problem: &Problem) -> Self {
-        match problem.kind {
-            Kind::AllToAll => Self {
-                parts: problem.blocks.clone(),
-                held: problem.world,
-            },
-            Kind::ReduceScatter | Kind::AllGather | Kind::Gather { .. } | Kind::Scatter { .. } => {
-                Self {
-                    parts: problem.slices.clone(),
-                    held: problem.world,
-                }
-            }
-            _ => Self {
-                parts: std::iter::once(0..problem.elems()).collect(),
-                held: 1,
-            },
+/// The windows of a problem. They are cut out of each slice where ranks have their own, and out of the vector where all have
+/// the whole.
+pub(super) fn windows(problem: &Problem, dtype: kernels::Dtype) -> Vec<Window> {
+    let whole = 0..problem.elems();
+    let (parts, held) = match problem.kind {
+        Kind::AllToAll => (&problem.blocks[..], problem.world),
+        Kind::ReduceScatter | Kind::AllGather | Kind::Gather { .. } | Kind::Scatter { .. } => {
+            (&problem.slices[..], problem.world)
         }
-    }
-
-    fn window(&self, start: usize, width: usize) -> Window {
-        let mut at = 0;
-        let pieces = self.parts.iter().map(|part| {
-            let from = part.end.min(part.start + start);
-            let piece = from..part.end.min(from + width);
-            let place = at;
-            at += piece.len();
-            (piece, place)
-        });
-        Window(pieces.collect())
-    }
+        _ => (std::slice::from_ref(&whole), 1),
+    };
+    let width = STAGE_BYTES / dtype.size() / held; // of what one rank holds at most
+    let longest = parts.iter().map(ExactSizeIterator::len).max();
+    let starts = (0..longest.unwrap_or(0)).step_by(width);
+    let window = |start| Window::new(problem, dtype, parts, start, width);
+    starts.map(window).collect()
 }
-
-/// Pieces of the full vector, and where each starts in the window's own.
-struct Window(Vec<(Range<usize>, usize)>);
 
 impl Window {
-    /// The window, as a problem of its own.
-    fn key(&self, problem: &Problem, dtype: kernels::Dtype) -> Key {
-        let numel = self.0.iter().map(|(piece, _)| piece.len()).sum();
-        let first = self.0[0].0.len();
-        let is_even = self.0.iter().all(|(piece, _)| piece.len() == first);
-        Key {
+    fn new(
+        problem: &Problem,
+        dtype: kernels::Dtype,
+        parts: &[Range<usize>],
+        start: usize,
+        width: usize,
+    ) -> Self {
+        let mut numel = 0;
+        let pieces = parts.iter().map(|part| {
+            let from = part.end.min(part.start + start);
+            let piece = from..part.end.min(from + width);
+            let place = numel;
+            numel += piece.len();
+            (piece, place)
+        });
+        let pieces: Vec<_> = pieces.collect();
+        let counts = pieces.iter().map(|(piece, _)| piece.len());
+        let is_even = counts.clone().all(|count| count == pieces[0].0.len());
+        let key = Key {
             kind: problem.kind,
             lifted: problem.lifted,
             dtype,
             numel,
-            counts: (!is_even).then(|| self.0.iter().map(|(piece, _)| piece.len()).collect()),
+            counts: (!is_even).then(|| counts.collect()),
             is_window: true,
-        }
+        };
+        Self { pieces, key }
     }
 
-    /// The pieces that lie in a part of the full vector, none of which crosses its border.
+    /// The pieces that lie in a part of the full vector; none crosses its border.
     fn within(&self, part: &Range<usize>) -> impl Iterator<Item = (Range<usize>, usize)> {
         let inside = |piece: &Range<usize>| piece.start >= part.start && piece.end <= part.end;
-        let pieces = self
-            .0
-            .iter()
-            .filter(move |(piece, _)| inside(piece) && !piece.is_empty());
+        let pieces = self.pieces.iter();
+        let pieces = pieces.filter(move |(piece, _)| inside(piece) && !piece.is_empty());
         pieces.cloned()
     }
 }

@@ -104,7 +104,7 @@ fn two_shared_ranks_that_meet_in_different_operations_both_diverge() {
             0 => Call::new(Op::Barrier),
             _ => Call::new(Op::Broadcast { root: 0 }),
         };
-        let data = match host.rank() {
+        let mut data = match host.rank() {
             0 => Data::None,
             _ => Data::InPlace(host.alloc(Dtype::U8, 3).unwrap()),
         };
@@ -112,7 +112,7 @@ fn two_shared_ranks_that_meet_in_different_operations_both_diverge() {
         let shape = check_shapes(host.rank(), 2, &call, &data).unwrap();
         let deadline = host.shared.options.clock.now() + Duration::from_secs(10);
         let mut executor = host.shared.executor.lock().unwrap();
-        let result = executor.run(&stamp(0, &call, shape), &call, data, deadline);
+        let result = executor.run(&stamp(0, &call, shape), &call, &mut data, deadline);
         result.unwrap_err()
     });
     for (rank, error) in errors.iter().enumerate() {

@@ -23,10 +23,10 @@ fn unix(member: &Arc<Member>, options: Options) -> Host {
 }
 
 /// Goal: neither the socket nor what seals it leaves a trace in the bits or in what is counted. Method: four communicators
-/// side by side, every collective, over lengths within one record, of several, and of nothing.
+/// side by side, every collective, over lengths within one record, of several, of several windows, and of nothing.
 #[test]
 fn every_socket_and_every_security_gives_the_bits_of_plain_tcp() {
-    for (size, lengths) in [(2, vec![0, 1, 1000, 70_001]), (3, vec![5, 40_000])] {
+    for (size, lengths) in [(2, vec![0, 1, 1000, 600_001]), (3, vec![5, 40_000])] {
         world(size, |member| {
             let mut plain = Host::tcp(member, options()).unwrap();
             let mut others = [
@@ -154,7 +154,7 @@ fn without_shared_memory_all_ranks_know_why() {
         let passed = member
             .pass("test", &group, own, &mut |_, _| Ok(()))
             .unwrap();
-        assert!(!passed.everywhere && passed.neighbours == 2);
+        assert!(!passed.everywhere);
         passed.outcome.unwrap_err()
     });
     for why in files {
