@@ -1,7 +1,8 @@
 // What the peers' benchmarks share: the command line, exact inputs, and how times are taken, which is what `coll --dirty`
-// does ([Note: how times are taken] in ../src/coll/measure.rs): every rank rewrites its input before each operation; above
-// 64 KiB each operation is timed by itself behind a barrier; up to 64 KiB 32 times (rewrite, operation) are timed, and 32
-// rewrites are subtracted. A time is the slowest rank's; the median over iterations is printed, as a line of JSON.
+// does ([Note: how times are taken] in ../src/coll/measure.rs). Every rank rewrites its input, a barrier, the operation:
+// above 64 KiB each operation is timed by itself; up to 64 KiB batches of 32 of these are timed, in turns with batches of 32
+// times (rewrite, barrier), and the medians subtracted. Beside it, up to 64 KiB, the same without barriers ("pipelined").
+// A time is the slowest rank's; the median over iterations is printed, as a line of JSON.
 #pragma once
 
 #include <sched.h>
@@ -113,22 +114,26 @@ void measure(const Args& args, Ranks& ranks, size_t bytes, Case& test) {
   const long wrong = ranks.sum(test.wrong());
 
   const bool batched = bytes <= kBatchedBytes;
+  const bool is_barrier = test.input == nullptr && args.collective == "barrier";
   auto rewrite = [&](int turn) { std::fill(test.input, test.input + test.input_elements, float(1 + turn % 2)); };
-  auto batch = [&](bool operate) {
+  struct Batch { bool meets, operates; };
+  // Each is what is measured, and then what is subtracted: isolated, pipelined. A barrier is measured alone.
+  const std::vector<Batch> kinds = is_barrier ? std::vector<Batch>{{false, true}}
+                                   : batched  ? std::vector<Batch>{{true, true}, {true, false}, {false, true}, {false, false}}
+                                              : std::vector<Batch>{{}};
+  auto batch = [&](Batch kind) {
     ranks.barrier();
     const double start = now();
     for (int turn = 0; turn < kBatch; turn++) {
       rewrite(turn);
       asm volatile("" ::: "memory");
-      if (operate) test.operation();
+      if (kind.meets) ranks.barrier();
+      if (kind.operates) test.operation();
     }
-    return now() - start;
+    return (now() - start) / kBatch;
   };
-  auto lap = [&](int turn) {
-    if (batched) {
-      const double both = batch(true);
-      return std::max(0.0, both - batch(false)) / kBatch;
-    }
+  auto lap = [&](Batch kind, int turn) {
+    if (batched) return batch(kind);
     rewrite(turn);
     ranks.barrier();
     const double start = now();
@@ -138,18 +143,26 @@ void measure(const Args& args, Ranks& ranks, size_t bytes, Case& test) {
   test.operation();  // connections, pages
   ranks.barrier();
   const double start = now();
-  if (batched) batch(true); else test.operation();
+  for (const Batch kind : kinds) lap(kind, 0);
   const double once = ranks.largest({now() - start})[0];
   const int iterations =
       std::min(double(kMostIterations), std::max(double(kLeastIterations), args.budget / std::max(once, 1e-9)));
-  std::vector<double> laps;
-  for (int turn = 0; turn < iterations; turn++) laps.push_back(lap(turn));
-  laps = ranks.largest(laps);
-  std::sort(laps.begin(), laps.end());
+  std::vector<std::vector<double>> laps(kinds.size());
+  for (int turn = 0; turn < iterations; turn++)
+    for (size_t kind = 0; kind < kinds.size(); kind++) laps[kind].push_back(lap(kinds[kind], turn));
+  std::vector<double> medians;
+  for (auto& of_kind : laps) {
+    of_kind = ranks.largest(of_kind);
+    std::sort(of_kind.begin(), of_kind.end());
+    medians.push_back(of_kind[of_kind.size() / 2]);
+  }
+  const bool subtracts = kinds.size() == 4;
+  const double isolated = subtracts ? std::max(0.0, medians[0] - medians[1]) : medians[0];
   if (ranks.rank() == 0) {
-    std::printf("{\"collective\":\"%s\",\"ranks\":%d,\"bytes\":%zu,\"us\":%.4f,\"min_us\":%.4f,\"iterations\":%d,\"wrong\":%ld}\n",
-                args.collective.c_str(), ranks.size(), bytes, laps[laps.size() / 2] * 1e6, laps[0] * 1e6,
-                iterations, wrong);
+    std::printf("{\"collective\":\"%s\",\"ranks\":%d,\"bytes\":%zu,\"us\":%.4f,\"iterations\":%d,\"wrong\":%ld",
+                args.collective.c_str(), ranks.size(), bytes, isolated * 1e6, iterations, wrong);
+    if (subtracts) std::printf(",\"pipelined_us\":%.4f", std::max(0.0, medians[2] - medians[3]) * 1e6);
+    std::puts("}");
     std::fflush(stdout);
   }
 }

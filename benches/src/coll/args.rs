@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
-use clap::Parser;
-use fabric_engine::kernels::Dtype;
+use clap::{Parser, builder::ArgPredicate};
+use fabric_engine::{comm::host::Security, kernels::Dtype};
 
 use super::{collective::Collective, redop::Redop};
 
@@ -25,25 +25,37 @@ used. The exit status is 0 only when nothing was wrong.";
 pub struct Args {
     /// all_reduce, all_gather, reduce_scatter, broadcast, reduce, alltoall, alltoallv, sendrecv, gather, scatter, barrier; or
     /// all, or several with commas.
-    #[arg(value_parser = Collective::parse_list)]
+    #[arg(value_parser = Collective::parse_list, required = false, required_unless_present = "tune", default_value_if("tune", ArgPredicate::IsPresent, Some("all")))]
     pub collectives: Collectives,
     /// Ranks (nccl-tests: -t x -g): a number, a range, or a list, like 2, 1-8, 2,4. One table for each.
     #[arg(short = 'n', long, default_value = "2", value_parser = parse_ranks)]
+    #[arg(default_value_if("tune", ArgPredicate::IsPresent, Some(tuned_ranks())))]
     pub ranks: Ranks,
     /// shm, tcp, unix, or best; a list for one table each.
     #[arg(long, default_value = "best", value_delimiter = ',')]
+    #[arg(default_values_if("tune", ArgPredicate::IsPresent, ["shm", "unix", "tcp"]))]
     pub wire: Vec<String>,
+    /// What is done for what travels over sockets: plain, authenticated, encrypted. Unless given, what the engine does:
+    /// nothing on one machine, encryption between machines.
+    #[arg(long, value_parser = parse_security)]
+    pub security: Option<Security>,
     /// Smallest size in bytes; K, M and G are binary.
     #[arg(short = 'b', long, default_value = "32M", value_parser = parse_bytes)]
+    #[arg(default_value_if("tune", ArgPredicate::IsPresent, Some("256")))]
     pub minbytes: usize,
     /// Largest size.
     #[arg(short = 'e', long, default_value = "32M", value_parser = parse_bytes)]
+    #[arg(default_value_if("tune", ArgPredicate::IsPresent, Some("4M")))]
     pub maxbytes: usize,
     /// From one size to the next: this many bytes more, unless a factor is given.
     #[arg(short = 'i', long, default_value = "1M", value_parser = parse_bytes)]
     pub stepbytes: usize,
     /// From one size to the next: this factor.
-    #[arg(short = 'f', long)]
+    #[arg(
+        short = 'f',
+        long,
+        default_value_if("tune", ArgPredicate::IsPresent, Some("4"))
+    )]
     pub stepfactor: Option<usize>,
     /// Iterations that are timed (nccl-tests: -n). Unless given, 20, or as many as fill 20 ms.
     #[arg(long)]
@@ -81,7 +93,10 @@ pub struct Args {
     /// always the slowest rank's.
     #[arg(short = 'a', long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(0..=3))]
     pub average: u8,
-    /// Write JSON here.
+    /// 1: show what a rank's process (--threads: all ranks together) spends of processors' time, rather than how long it takes.
+    #[arg(short = 'C', long, default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=1))]
+    pub report_cputime: u8,
+    /// Write JSON here (--tune: the table).
     #[arg(short = 'J', long)]
     pub output_file: Option<PathBuf>,
     /// Time every iteration by itself, and show the smallest, p50, p99 and the largest.
@@ -93,9 +108,9 @@ pub struct Args {
     /// Cut vectors into slices of 0, 1 or 2 times the count: all_gather, reduce_scatter, gather and scatter.
     #[arg(long)]
     pub uneven: bool,
-    /// Rewrite the input before each iteration, outside the timed part, because inputs that never change stay in peers'
-    /// caches. Up to 64 KiB batches of rewrites and operations are timed, and batches of rewrites alone subtracted; above
-    /// that, each operation by itself after a barrier.
+    /// Rewrite the input before each iteration, and then a barrier, neither timed, because inputs that never change stay in
+    /// peers' caches. Up to 64 KiB batches of all three are timed, and batches without the operation subtracted; above
+    /// that, each operation by itself. JSON has, up to 64 KiB, the time without barriers too ("pipelined").
     #[arg(long)]
     pub dirty: bool,
     /// Each iteration on other memory of the largest size's, as nccl-tests does.
@@ -116,6 +131,10 @@ pub struct Args {
     /// Show the limit beside: plain copies, made by all ranks at once, of as many bytes as the collective must move.
     #[arg(long)]
     pub limit: bool,
+    /// Show the model beside: messages, bytes and folded bytes by the price of the schedule, times what each takes, measured
+    /// at the beginning of a table's wire.
+    #[arg(long)]
+    pub model: bool,
     /// Which rows: both, out (of place), in (place).
     #[arg(long, default_value = "both", value_parser = ["both", "out", "in"])]
     pub place: String,
@@ -123,6 +142,11 @@ pub struct Args {
     /// collective, op, dtype, number of ranks and wire.
     #[arg(long)]
     pub sweep: bool,
+    /// Time every algorithm of these wires (unless given: shm, unix, tcp), numbers of ranks (2, and 4 where there are as many
+    /// cores), collectives (all) and sizes (256 to 4M, factor 4), and write the table by which communicators of this machine
+    /// choose, or to -J's path.
+    #[arg(long, conflicts_with_all = ["sweep", "plot", "limit"])]
+    pub tune: bool,
     /// Draw bus bandwidth over size into this SVG.
     #[arg(long)]
     pub plot: Option<PathBuf>,
@@ -183,6 +207,14 @@ pub fn type_name(dtype: Dtype) -> &'static str {
         Dtype::U32 => "uint32",
         Dtype::U64 => "uint64",
         other => other.name(),
+    }
+}
+
+/// How many ranks `--tune` takes on this machine.
+fn tuned_ranks() -> &'static str {
+    match std::thread::available_parallelism().map_or(1, usize::from) {
+        ..4 => "2",
+        _ => "2,4",
     }
 }
 
@@ -247,6 +279,12 @@ pub(super) fn list<T: Copy>(
         .collect()
 }
 
+fn parse_security(text: &str) -> Result<Security, String> {
+    let names = Security::ALL.map(Security::name).join(", ");
+    Security::from_name(text)
+        .ok_or_else(|| format!("'{text}' is no security; choose among {names}"))
+}
+
 fn parse_root(text: &str) -> Result<Root, String> {
     match text {
         "all" => Ok(Root::All),
@@ -281,6 +319,18 @@ mod tests {
         assert_eq!(args.roots(3), [0, 1, 2]);
         assert_eq!(args.sizes(), [0, 2, 4]);
         assert_eq!(args.collectives.len(), Collective::ALL.len());
+    }
+
+    #[test]
+    fn tuning_has_defaults_of_its_own() {
+        let tuned = args("--tune").unwrap();
+        assert_eq!(tuned.wire, ["shm", "unix", "tcp"]);
+        assert_eq!((tuned.sizes().len(), tuned.sizes()[7]), (8, 4 << 20));
+        assert_eq!(tuned.collectives.len(), Collective::ALL.len());
+        let some = args("all_reduce --tune --wire tcp -n 3 -e 1M").unwrap();
+        assert_eq!((&*some.wire[0], &*some.ranks), ("tcp", &[3][..]));
+        assert!(args("").is_err());
+        assert_eq!(args("all_reduce").unwrap().wire, ["best"]);
     }
 
     #[test]

@@ -55,6 +55,16 @@ impl Case {
         !self.is_in_place || layout.in_place.is_some()
     }
 
+    /// The engine's call.
+    pub fn call(&self) -> Call {
+        self.collective.call(self.op, self.count, self.place)
+    }
+
+    /// Elements of the full vector.
+    pub fn full_elems(&self) -> usize {
+        self.collective.full_elems(self.count, self.place)
+    }
+
     /// The values for `seed`.
     pub fn recipe(&self, seed: u32) -> Recipe {
         Recipe {
@@ -85,7 +95,7 @@ impl Case {
             data: Some(data),
             guards,
             layout,
-            call: self.collective.call(self.op, self.count, self.place),
+            call: self.call(),
         })
     }
 

@@ -3,7 +3,10 @@
 
 use std::ops::Range;
 
-use fabric_engine::comm::{Call, Op, Rank};
+use fabric_engine::{
+    comm::{Call, Op, Rank},
+    schedule::Kind,
+};
 
 use super::{args, redop::Redop};
 
@@ -163,6 +166,33 @@ impl Collective {
                 .max()
                 .unwrap_or(0),
             _ => place.start(count, ranks),
+        }
+    }
+
+    /// Elements of the full vector: what all ranks' elements are parts of. Tables of algorithms go by it.
+    pub fn full_elems(self, count: usize, place: Place) -> usize {
+        match self {
+            Self::AllToAll => count * place.ranks * place.ranks,
+            Self::AllToAllV => (0..place.ranks * place.ranks)
+                .map(|pair| uneven(count, pair / place.ranks, pair % place.ranks))
+                .sum(),
+            _ => self.elements(count, place),
+        }
+    }
+
+    /// What rows of a table of algorithms call it (with root 0); none for messages, and for what another one's rows decide.
+    pub fn kind(self) -> Option<Kind> {
+        match self {
+            Self::AllReduce => Some(Kind::AllReduce),
+            Self::AllGather => Some(Kind::AllGather),
+            Self::ReduceScatter => Some(Kind::ReduceScatter),
+            Self::Broadcast => Some(Kind::Broadcast { root: 0 }),
+            Self::Reduce => Some(Kind::Reduce { root: 0 }),
+            Self::AllToAll => Some(Kind::AllToAll),
+            Self::Gather => Some(Kind::Gather { root: 0 }),
+            Self::Scatter => Some(Kind::Scatter { root: 0 }),
+            Self::Barrier => Some(Kind::Barrier),
+            Self::AllToAllV | Self::SendRecv => None,
         }
     }
 

@@ -5,10 +5,15 @@
 //! - back to back (the default, nccl-tests' own): after a barrier, all iterations in one loop; time = loop / iterations;
 //! - isolated (`-z 1`): a barrier before each iteration, not timed; the time of an iteration is the slowest rank's, and
 //!   the row shows the median over iterations;
-//! - dirty, above 64 KiB: every rank rewrites its input, then as isolated;
-//! - dirty, up to 64 KiB, where a clock and the skew behind a barrier would be most of what is measured: a batch of 32
-//!   times (rewrite, operation), and another of 32 rewrites; a rank's time is the difference / 32, and so on as isolated.
-//!   The benchmarks in `peers/` do the same.
+//! - dirty (`--dirty`), as nccl-tests -z 1 and OSU do, but on new inputs: every rank rewrites its input, a barrier, the
+//!   operation. Above 64 KiB each operation is timed by itself behind its barrier. Up to 64 KiB, where a clock and the
+//!   skew behind a barrier would be most of it, a batch of 32 times (rewrite, barrier, operation) is timed, and in turns
+//!   with it one of 32 times (rewrite, barrier), so that noise hits both; the time is the difference of the two medians
+//!   over batches / 32. The collective barrier's time is that of a batch of barriers / 32;
+//! - pipelined, beside dirty and up to 64 KiB: the same without barriers, which is the throughput of operations back to
+//!   back, less 32 rewrites. A root, say, need not wait for the others; so this is no latency.
+//!
+//! The benchmarks in `peers/` do the same as the last two.
 
 use std::time::Duration;
 
@@ -18,9 +23,12 @@ use fabric_engine::{
     comm::{Collectives, host::Host},
 };
 
+use rustix::time::{ClockId, clock_gettime};
+
 use super::{
     args::Args,
     case::{Buffers, Case},
+    collective::Collective,
     stage::Stage,
 };
 
@@ -28,6 +36,36 @@ use super::{
 pub const BATCH: usize = 32;
 /// Up to this size batches are timed.
 pub const BATCHED_BYTES: usize = 64 << 10;
+
+/// What a batch does after each rewrite.
+#[derive(Clone, Copy)]
+struct Batch {
+    meets: bool,
+    operates: bool,
+}
+
+impl Batch {
+    const PIPELINED: Self = Self {
+        meets: false,
+        operates: true,
+    };
+    /// Each is what is measured, and then what is subtracted.
+    const ALL: [Self; 4] = [
+        Self {
+            meets: true,
+            operates: true,
+        },
+        Self {
+            meets: true,
+            operates: false,
+        },
+        Self::PIPELINED,
+        Self {
+            meets: false,
+            operates: false,
+        },
+    ];
+}
 
 /// What was measured, in seconds for one operation.
 #[derive(Clone, Copy, Debug, Default)]
@@ -38,6 +76,8 @@ pub struct Times {
     pub spread: Option<Spread>,
     /// Iterations (batches, where batches were timed).
     pub iterations: usize,
+    /// Dirty and up to 64 KiB: the time back to back.
+    pub pipelined: Option<f64>,
 }
 
 /// A distribution.
@@ -131,17 +171,17 @@ impl Bench<'_> {
         let iterations = self.iterations(|bench| bench.iteration(sets, 1))?;
         let mut laps = Vec::new();
         self.host.barrier()?;
-        let start = self.clock.now();
+        let start = self.now();
         let mut before = start;
         for turn in 0..iterations {
             self.iteration(sets, turn)?;
             if self.args.per_iter_timing {
-                let now = self.clock.now();
+                let now = self.now();
                 laps.push(self.per_operation(now - before));
                 before = now;
             }
         }
-        let own = self.per_operation(self.clock.now() - start) / iterations as f64;
+        let own = self.per_operation(self.now() - start) / iterations as f64;
         let by_rank = self.stage.all(&[own])?;
         let by_rank = by_rank.iter().map(|row| row[0]);
         let time = match self.args.average {
@@ -158,6 +198,7 @@ impl Bench<'_> {
             time,
             spread,
             iterations,
+            pipelined: None,
         })
     }
 
@@ -170,35 +211,73 @@ impl Bench<'_> {
                     .for_each(|set| set.rewrite(case.dtype, turn));
             }
             self.host.barrier()?;
-            let start = self.clock.now();
+            let start = self.now();
             self.iteration(sets, turn)?;
-            laps.push(self.per_operation(self.clock.now() - start));
+            laps.push(self.per_operation(self.now() - start));
         }
         self.slowest(&laps)
     }
 
     fn batches(&mut self, case: &Case, sets: &mut [Buffers]) -> Result<Times> {
-        let batches = self.iterations(|bench| bench.batch(case, sets, true).map(drop))?;
-        let mut laps = Vec::with_capacity(batches);
+        let kinds: &[Batch] = match case.collective {
+            Collective::Barrier => &[Batch::PIPELINED], // which is one barrier after the other
+            _ => &Batch::ALL,
+        };
+        let batches = self.iterations(|bench| {
+            (kinds.iter()).try_for_each(|kind| bench.batch(case, sets, *kind).map(drop))
+        })?;
+        let mut laps = vec![Vec::with_capacity(batches); kinds.len()];
         for _ in 0..batches {
-            let both = self.batch(case, sets, true)?;
-            let rewrites = self.batch(case, sets, false)?;
-            laps.push(self.per_operation(both.saturating_sub(rewrites)) / BATCH as f64);
+            for (kind, laps) in kinds.iter().zip(&mut laps) {
+                let lap = self.batch(case, sets, *kind)?;
+                laps.push(self.per_operation(lap) / BATCH as f64);
+            }
         }
-        self.slowest(&laps)
+        for laps in &mut laps {
+            *laps = self.stage.largest(laps)?;
+        }
+        let less = |all: &[f64], rest: &[f64]| {
+            let rest = Spread::of(rest.to_vec()).p50;
+            Spread::of(all.iter().map(|lap| (lap - rest).max(0.0)).collect())
+        };
+        let (spread, pipelined) = match &laps[..] {
+            [isolated, barriers, pipelined, rewrites] => (
+                less(isolated, barriers),
+                Some(less(pipelined, rewrites).p50),
+            ),
+            laps => (Spread::of(laps.concat()), None),
+        };
+        Ok(Times {
+            time: spread.p50,
+            spread: Some(spread),
+            iterations: batches,
+            pipelined,
+        })
     }
 
-    fn batch(&mut self, case: &Case, sets: &mut [Buffers], operate: bool) -> Result<Duration> {
+    fn batch(&mut self, case: &Case, sets: &mut [Buffers], kind: Batch) -> Result<Duration> {
         self.host.barrier()?;
-        let start = self.clock.now();
+        let start = self.now();
         for turn in 0..BATCH {
             sets.iter_mut()
                 .for_each(|set| set.rewrite(case.dtype, turn));
-            if operate {
+            if kind.meets {
+                self.host.barrier()?;
+            }
+            if kind.operates {
                 self.iteration(sets, turn)?;
             }
         }
-        Ok(self.clock.now() - start)
+        Ok(self.now() - start)
+    }
+
+    /// The stop-watch: time, or what this process has spent of processors' time.
+    fn now(&self) -> Duration {
+        if self.args.report_cputime == 0 {
+            return self.clock.now();
+        }
+        let spent = clock_gettime(ClockId::ProcessCPUTime);
+        Duration::try_from(spent).unwrap_or_default() // never negative
     }
 
     fn per_operation(&self, time: Duration) -> f64 {
@@ -211,6 +290,7 @@ impl Bench<'_> {
             time: spread.p50,
             spread: Some(spread),
             iterations: laps.len(),
+            pipelined: None,
         })
     }
 

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! args ──> stage (ranks, wires) ──> table rows: case (memory, call) ──> measure (time), check (exact values, guards)
-//!                              └──> sweep (check only)                   └──> table, report (JSON), plot (SVG)
+//!                              ├──> sweep (check only)                   └──> table, report (JSON), plot (SVG)
+//!                              └──> tune (a table of algorithms)
 //! ```
 
 pub mod args;
@@ -11,6 +12,7 @@ pub mod check;
 pub mod collective;
 pub mod inputs;
 pub mod measure;
+pub mod model;
 pub mod plot;
 mod reals;
 pub mod redop;
@@ -18,15 +20,22 @@ pub mod report;
 pub mod stage;
 pub mod sweep;
 pub mod table;
+pub mod tune;
 mod words;
 
-use fabric_engine::{Result, clock::Clock, comm::host::Host, kernels::Dtype};
+use fabric_engine::{
+    Result,
+    clock::Clock,
+    comm::host::{Host, tuning_path},
+    kernels::Dtype,
+};
 
 use args::Args;
 use case::{Buffers, Case, Memory};
 use check::Wrong;
 use collective::{Collective, Place};
 use measure::Bench;
+use model::Model;
 use redop::Redop;
 use report::{Config, Device, Half, Report, Row, Table};
 use stage::Stage;
@@ -39,6 +48,9 @@ pub fn run(args: &Args) -> fabric::Result<()> {
     stage::run(args, |stage| {
         if args.sweep {
             return sweep::run(stage, args);
+        }
+        if args.tune {
+            return tune::run(stage, args);
         }
         rank(stage, args)
     })
@@ -54,10 +66,14 @@ fn rank(stage: &Stage, args: &Args) -> fabric::Result<()> {
     let mut wrong = Wrong::default();
     for wire in &args.wire {
         let mut host = stage.connect(wire, args)?;
+        let model = match args.model {
+            true => Model::measure(stage, &mut host, args)?,
+            false => None,
+        };
         let mut cycle = 0;
         while args.run_cycles == 0 || cycle < args.run_cycles {
             for collective in args.collectives.iter() {
-                let (table, found) = measured(stage, &mut host, args, *collective)?;
+                let (table, found) = measured(stage, &mut host, args, model.as_ref(), *collective)?;
                 wrong += found;
                 report.tables.extend(table);
             }
@@ -92,6 +108,7 @@ fn measured(
     stage: &Stage,
     host: &mut Host,
     args: &Args,
+    model: Option<&Model>,
     collective: Collective,
 ) -> Result<(Option<Table>, Wrong)> {
     let mut table = Table {
@@ -99,6 +116,10 @@ fn measured(
         wire: host.wire().into(),
         config: Config::new(args, stage.ranks()),
         devices: devices(stage)?,
+        tuning: tuning_path()
+            .filter(|path| path.exists())
+            .map(|path| path.display().to_string()),
+        model: model.map(|model| model.constants),
         ..Table::default()
     };
     let cases = cases(args, collective, stage.ranks());
@@ -129,7 +150,6 @@ fn measured(
             let mut counts = counts.collect::<Vec<_>>();
             counts.dedup();
             for count in counts {
-                let bytes = collective.elements(count, place) * dtype.size();
                 let case = Case {
                     collective,
                     op,
@@ -138,7 +158,7 @@ fn measured(
                     place,
                     is_in_place: false,
                 };
-                wrong += one_row(stage, host, args, case, bytes, &mut table)?;
+                wrong += one_row(stage, host, args, model, case, &mut table)?;
             }
         }
     }
@@ -180,10 +200,11 @@ fn one_row(
     stage: &Stage,
     host: &mut Host,
     args: &Args,
+    model: Option<&Model>,
     case: Case,
-    bytes: usize,
     table: &mut Table,
 ) -> Result<Wrong> {
+    let bytes = case.collective.elements(case.count, case.place) * case.dtype.size();
     let mut wrong = Wrong::default();
     let mut halves: [Option<Half>; 2] = [None, None];
     for (half, is_in_place) in halves.iter_mut().zip([false, true]) {
@@ -204,8 +225,12 @@ fn one_row(
         let mut bench = bench(stage, host, args);
         limit = Some(bench.copies(copied)?);
     }
+    let model = match model {
+        Some(model) => Some(stage.largest(&[model.seconds(host, &case)])?[0]).filter(|s| *s > 0.0),
+        None => None,
+    };
     if stage.is_first() {
-        table::row(args, &case, bytes, &halves, limit);
+        table::row(args, &case, bytes, &halves, [limit, model]);
     }
     let [out_of_place, in_place] = halves;
     table.results.push(Row {
@@ -221,6 +246,7 @@ fn one_row(
         out_of_place,
         in_place,
         limit: limit.map(|limit| limit * 1e6),
+        model: model.map(|model| model * 1e6),
     });
     Ok(wrong)
 }
@@ -302,13 +328,13 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let (json, svg) = (folder.path().join("a.json"), folder.path().join("a.svg"));
         coll(&format!(
-            "all -n 1-3 --threads --wire shm,tcp -b 0 -e 4K -f 8 --iters 2 --limit -I -r all -J {} --plot {}",
+            "all -n 1-3 --threads --wire shm,unix,tcp -b 0 -e 4K -f 8 --iters 2 --limit --model -I -r all -J {} --plot {}",
             json.display(),
             svg.display()
         ))
         .unwrap();
         let report = Report::read(&json).unwrap();
-        assert!(report.tables.len() >= 3 * 2 * 5);
+        assert!(report.tables.len() >= 3 * 3 * 5);
         for table in &report.tables {
             assert!(table.out_of_bounds.okay && table.guards == 0);
             assert_eq!(table.devices.len(), table.config.ranks);
@@ -327,6 +353,8 @@ mod tests {
             "-m 3",
             "--rotate",
             "--private -u 1 -N 2",
+            "-C 1",
+            "--wire unix --security encrypted",
         ] {
             let line =
                 "all_reduce,reduce_scatter,broadcast -n 2 --threads -b 4 -e 256K -f 64 --iters 2";
@@ -337,6 +365,26 @@ mod tests {
     #[test]
     fn a_sweep_of_everything_finds_nothing_wrong() {
         coll("all -n 3 --threads --wire shm,tcp -o all -d all --sweep -e 20K").unwrap();
+    }
+
+    /// Goal: a table that communicators can use. Method: tune two wires, and read what was written.
+    #[test]
+    fn a_tuned_table_is_written_and_can_be_read() {
+        use fabric_engine::schedule::choose::{Tuning, WireKind};
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tuning");
+        let flags = "--tune -n 2-3 --threads --wire shm,unix -b 1K -e 16K --budget 0.0001";
+        coll(&format!("all_reduce,gather {flags} -J {}", path.display())).unwrap();
+        let tuning = Tuning::parse(&std::fs::read_to_string(path).unwrap()).unwrap();
+        let rows = |wire, ranks| {
+            let is_of = move |row: &&fabric_engine::schedule::choose::Row| {
+                row.wire == Some(wire) && row.most_ranks == Some(ranks)
+            };
+            tuning.rows.iter().filter(is_of).count()
+        };
+        assert!(rows(WireKind::Shm, 2) >= 2 && rows(WireKind::Shm, 3) >= 2);
+        assert!(rows(WireKind::Unix, 2) >= 1 && rows(WireKind::Unix, 3) >= 1);
+        assert!(coll("--tune -n 1 --threads").is_err());
     }
 
     #[test]

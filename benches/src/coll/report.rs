@@ -8,7 +8,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{args::Args, measure::Spread};
+use super::{args::Args, measure::Spread, model::Constants};
 
 /// The file.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -34,6 +34,12 @@ pub struct Table {
     pub config: Config,
     /// The ranks.
     pub devices: Vec<Device>,
+    /// The table of algorithms of this machine, if it has one.
+    #[serde(default)]
+    pub tuning: Option<String>,
+    /// What the model's times are made of.
+    #[serde(default)]
+    pub model: Option<Constants>,
     /// The rows.
     pub results: Vec<Row>,
     /// Wrong elements.
@@ -77,6 +83,12 @@ pub struct Config {
     pub pin: bool,
     /// `-u`.
     pub unalign: usize,
+    /// `-C`.
+    #[serde(default)]
+    pub report_cputime: u8,
+    /// `--security`.
+    #[serde(default)]
+    pub security: Option<String>,
 }
 
 impl Config {
@@ -98,6 +110,8 @@ impl Config {
             private: args.private,
             pin: args.pin,
             unalign: args.unalign,
+            report_cputime: args.report_cputime,
+            security: args.security.map(|security| security.name().into()),
         }
     }
 }
@@ -137,6 +151,9 @@ pub struct Row {
     pub in_place: Option<Half>,
     /// The limit in microseconds.
     pub limit: Option<f64>,
+    /// The model's time in microseconds.
+    #[serde(default)]
+    pub model: Option<f64>,
 }
 
 /// Half of a row.
@@ -154,6 +171,9 @@ pub struct Half {
     pub spread: Option<Spread>,
     /// How many.
     pub iterations: usize,
+    /// Microseconds back to back, where it was measured beside.
+    #[serde(default)]
+    pub pipelined: Option<f64>,
 }
 
 /// The verdict on values.

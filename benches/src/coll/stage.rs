@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use fabric_engine::{
     Error, Result,
-    comm::host::{Host, Options},
+    comm::host::{Host, Options, tuning},
     rendezvous::{self, Member},
+    schedule::choose::Tuning,
 };
 
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
@@ -93,12 +94,24 @@ impl Stage {
         self.rank() == 0
     }
 
-    /// A communicator over the wire of that name.
+    /// A communicator over the wire of that name, with this machine's table of algorithms.
     ///
     /// # Errors
     /// When there is no such wire, or it does not reach everybody.
     pub fn connect(&self, wire: &str, args: &Args) -> Result<Host> {
-        let mut options = Options::default();
+        self.connect_with(wire, args, tuning()?)
+    }
+
+    /// A communicator with a table of its own.
+    ///
+    /// # Errors
+    /// As [`Stage::connect`].
+    pub fn connect_with(&self, wire: &str, args: &Args, tuning: Tuning) -> Result<Host> {
+        let mut options = Options {
+            tuning,
+            security: args.security,
+            ..Options::default()
+        };
         if let Some(seconds) = args.timeout {
             options.deadline = std::time::Duration::try_from_secs_f64(seconds).map_err(|_| {
                 Error::argument(format!("--timeout {seconds}"), "Give seconds, like 10")
@@ -117,9 +130,15 @@ impl Stage {
                     "Start all ranks on one machine, as one user, in one container; or take --wire tcp",
                 )
             }),
+            "unix" => Host::unix(&self.member, options)?.ok_or_else(|| {
+                Error::argument(
+                    "--wire unix, but these ranks cannot reach each other's Unix sockets",
+                    "Start all ranks on one machine, as one user, in one container; or take --wire tcp",
+                )
+            }),
             _ => Err(Error::argument(
                 format!("--wire {wire}: this engine has no such wire"),
-                "Choose among shm, tcp and best",
+                "Choose among shm, unix, tcp and best",
             )),
         }?;
         if args.pin {

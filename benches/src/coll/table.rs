@@ -42,9 +42,10 @@ pub fn head(args: &Args, table: &Table, ranks: usize) {
         args.unalign
     );
     say!(
-        "# times: {}{}{}",
+        "# times: {}{}{}{}{}",
         match (args.dirty, args.blocking) {
-            (true, _) => "inputs rewritten before each operation, median of the slowest rank's",
+            (true, _) =>
+                "inputs rewritten and a barrier before each operation, median of the slowest rank's",
             (_, 1) => "a barrier before each operation, median of the slowest rank's",
             _ => "operations back to back",
         },
@@ -54,7 +55,17 @@ pub fn head(args: &Args, table: &Table, ranks: usize) {
             ""
         },
         if args.pin { ", a core a rank" } else { "" },
+        match args.report_cputime {
+            0 => "",
+            _ => ", of processors",
+        },
+        args.security
+            .map(|security| format!(", {} sockets", security.name()))
+            .unwrap_or_default(),
     );
+    if let Some(path) = &table.tuning {
+        say!("# algorithms by {path}");
+    }
     say!("#");
     say!("# Using devices");
     for device in &table.devices {
@@ -76,13 +87,20 @@ pub fn head(args: &Args, table: &Table, ranks: usize) {
         }
     };
     let gap = spread("                                    ");
-    let limit = |text: &str| {
-        if args.limit {
-            text.to_owned()
-        } else {
-            String::new()
-        }
+    let beside = |limit: &str, model: &str| {
+        let parts = [(args.limit, limit), (args.model, model)];
+        let parts = parts.iter().filter(|(is_shown, _)| *is_shown);
+        parts.map(|(_, text)| *text).collect::<String>()
     };
+    if let Some(model) = table.model {
+        say!(
+            "# model: {} us a message, {} GB/s, folding {} GB/s",
+            fit(model.alpha * 1e6, 6),
+            fit(model.beta / 1e9, 6),
+            fit(model.gamma / 1e9, 6)
+        );
+        say!("#");
+    }
     say!("#{:62}out-of-place{:23}{gap}in-place{:10}", "", "", "");
     let half = format!(
         "     time   algbw   busbw  #wrong{}",
@@ -90,7 +108,7 @@ pub fn head(args: &Args, table: &Table, ranks: usize) {
     );
     say!(
         "#       size         count      type   redop    root{half}{half}{}",
-        limit("     limit   x out    x in")
+        beside("     limit   x out    x in", "     model   x out    x in")
     );
     let half = format!(
         "     (us)  (GB/s)  (GB/s)        {}",
@@ -98,12 +116,18 @@ pub fn head(args: &Args, table: &Table, ranks: usize) {
     );
     say!(
         "#        (B)    (elements)                          {half}{half}{}",
-        limit("      (us)                ")
+        beside("      (us)                ", "      (us)                ")
     );
 }
 
-/// Print one row.
-pub fn row(args: &Args, case: &Case, bytes: usize, halves: &[Option<Half>; 2], limit: Option<f64>) {
+/// Print one row; `beside` are other times in seconds, the limit and the model's.
+pub fn row(
+    args: &Args,
+    case: &Case,
+    bytes: usize,
+    halves: &[Option<Half>; 2],
+    beside: [Option<f64>; 2],
+) {
     let op = case.op.map_or("none", |op| op.name());
     let root = if case.collective.is_rooted() {
         case.place.root as i64
@@ -140,11 +164,11 @@ pub fn row(args: &Args, case: &Case, bytes: usize, halves: &[Option<Half>; 2], l
             }
         }
     }
-    if let Some(limit) = limit {
-        text += &format!("  {:>8}", fit(limit * 1e6, 8));
+    for other in beside.into_iter().flatten() {
+        text += &format!("  {:>8}", fit(other * 1e6, 8));
         for half in halves {
             match half {
-                Some(half) => text += &format!("  {:>6}", fit(half.time / 1e6 / limit, 6)),
+                Some(half) => text += &format!("  {:>6}", fit(half.time / 1e6 / other, 6)),
                 None => text += &format!("  {:>6}", "N/A"),
             }
         }
@@ -186,6 +210,7 @@ pub fn half(case: &Case, bytes: usize, times: &Times, nwrong: Option<u64>) -> Ha
         nwrong,
         spread: times.spread,
         iterations: times.iterations,
+        pipelined: times.pipelined.map(|time| time * 1e6),
     }
 }
 
