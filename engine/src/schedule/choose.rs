@@ -64,9 +64,15 @@ pub struct Tuning {
     pub rows: Vec<Row>,
 }
 
-/// What ships. Crossovers follow the α-β model with α of some 7 µs and 3 GB/s (TCP on one host): doubling's log2 n
-/// rounds pay up to some 20 KiB, and n-1 messages at once are cheap up to 16 ranks.
+/// What ships. On sockets, crossovers follow the α-β model with α of some 7 µs and 3 GB/s (TCP on one host): doubling's log2 n
+/// rounds pay up to some 20 KiB, and n-1 messages at once are cheap up to 16 ranks. In shared memory two ranks on two cores
+/// meet so quickly that what a post costs (everybody loads everything) soon outweighs a second meeting; with more ranks than
+/// cores a meeting costs microseconds.
 const DEFAULTS: &str = "\
+all_reduce shm 2 2048 post
+all_reduce shm 2 * load
+all_gather shm 2 4096 post
+all_gather shm 2 * load
 * shm * 16384 post
 * shm * * load
 all_reduce * * 16384 doubling
@@ -250,7 +256,7 @@ mod tests {
         assert_eq!(choose(Kind::AllGather, 4, 1 << 20), Algorithm::Ring);
         assert_eq!(choose(Kind::Broadcast { root: 3 }, 4, 100), Algorithm::Tree);
         assert_eq!(choose(Kind::Barrier, 1000, 0), Algorithm::Doubling);
-        let shm = |bytes| tuning.choose(&Kind::AllGather, 2, bytes, WireKind::Shm);
+        let shm = |bytes| tuning.choose(&Kind::AllGather, 4, bytes, WireKind::Shm);
         assert_eq!(
             (shm(16 << 10), shm(1 << 20)),
             (Algorithm::Post, Algorithm::Load)
