@@ -125,6 +125,23 @@ fn two_shared_ranks_that_meet_in_different_operations_both_diverge() {
 }
 
 #[test]
+fn a_deadline_may_be_as_late_as_time_goes() {
+    world(2, |member| {
+        let endless = Options {
+            deadline: Duration::MAX,
+            ..options()
+        };
+        let hosts = [
+            Host::tcp(member, endless.clone()).unwrap(),
+            shm(member, endless),
+        ];
+        for mut host in hosts {
+            host.barrier().unwrap();
+        }
+    });
+}
+
+#[test]
 fn a_rank_that_never_comes_is_named_by_the_timeout() {
     for over_shm in [true, false] {
         let errors = world(3, |member| {
