@@ -86,7 +86,9 @@ impl Group {
                 continue;
             }
             self.pending.clear();
-            self.pending.push(way.peer);
+            let ways = coming.into_iter().chain(going);
+            self.pending.extend(ways.map(|way| way.peer));
+            self.pending.dedup();
             let nap = self.check(&header(stamp, way.total))?;
             let nap = if coming.is_some() && going.is_some() {
                 nap.min(std::time::Duration::from_millis(1)) // either may come first

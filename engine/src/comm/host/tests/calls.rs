@@ -222,13 +222,38 @@ fn a_message_of_another_length_is_named_on_the_side_that_receives_it() {
         };
         let data = Data::InPlace(host.alloc(Dtype::F32, numel).unwrap());
         let work = host.submit(Call::new(op).blocking(), data);
-        work.and_then(Work::wait).unwrap_err().to_string()
+        let error = work.and_then(Work::wait).unwrap_err().to_string();
+        let peer = 1 - member.rank();
+        let joined = host.shared.ledger.sighting(peer).joined;
+        assert_eq!(joined, None, "messages have no number");
+        error
     });
     assert!(
         errors[1].contains("send_recv(f32)") && errors[1].contains("12 bytes"),
         "{}",
         errors[1]
     );
+}
+
+#[test]
+fn a_message_each_way_waits_for_both_peers() {
+    world(3, |member| {
+        let mut host = shm(member, options());
+        if host.rank() > 0 {
+            host.shared.signal.wait(Duration::from_secs(30)).unwrap();
+            return;
+        }
+        let slab = |host: &Host| host.alloc(Dtype::F32, 3).unwrap();
+        let (from, into) = (slab(&host), slab(&host));
+        let mut call = Call::new(Op::SendRecv { to: 1, from: 2 }).blocking();
+        call.deadline = Some(Duration::from_millis(100));
+        let work = host.submit(call, Data::Out { from, into }).unwrap();
+        let error = work.wait().unwrap_err();
+        let Error::Timeout { waiting_for, .. } = &error else {
+            panic!("{error}")
+        };
+        assert_eq!(waiting_for, &[1, 2]);
+    });
 }
 
 #[test]
