@@ -116,6 +116,8 @@ fn the_convenient_forms_say_what_everybody_gave() {
         }
         let wrong = host.all_to_all_v(&vec![0u8; 3], &[1, 1, 2]);
         assert!(wrong.unwrap_err().to_string().contains("together they are"));
+        let wrong = host.all_to_all_v(&vec![0u8; 3], &[usize::MAX, 3, 1]);
+        assert!(wrong.unwrap_err().to_string().contains("together they are"));
     });
 }
 
@@ -185,6 +187,30 @@ fn memory_that_does_not_fit_a_call_is_refused_before_anybody_waits() {
                 call(Op::Gather { root: rank }),
                 Data::InPlace(slab(3)),
                 "multiple",
+            ),
+            (
+                call(Op::AllGather).counts([usize::MAX, 2]),
+                Data::InPlace(slab(1)),
+                "than memory holds",
+            ),
+            (
+                // What the last rank keeps, only it could refuse.
+                call(Op::AllToAll).counts([1, 0, 0, usize::MAX / 4]),
+                out(1, 1),
+                "than memory holds",
+            ),
+            (
+                call(Op::AllReduce(ReduceOp::BitAnd)),
+                Data::InPlace(slab(2)),
+                "band of f32",
+            ),
+            (
+                call(Op::Reduce {
+                    op: ReduceOp::Sum,
+                    root: 0,
+                }),
+                Data::InPlace(Slab::zeroed(Dtype::Bool, 2)),
+                "sum of bool",
             ),
         ];
         for (call, data, hint) in cases {
