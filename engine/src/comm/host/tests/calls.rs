@@ -262,6 +262,82 @@ fn a_message_of_another_length_is_named_on_the_side_that_receives_it() {
 }
 
 #[test]
+fn ranks_may_hold_a_vector_each_in_its_own_way() {
+    world(3, |member| {
+        let rank = member.rank();
+        let hosts = [
+            Host::tcp(member, options()).unwrap(),
+            shm(member, options()),
+        ];
+        for mut host in hosts {
+            for numel in [0, 3, 900, 300_000] {
+                let slab = |numel| {
+                    let mut slab = Slab::zeroed(Dtype::F32, numel);
+                    slab.as_mut_slice::<f32>().fill(1.0 + rank as f32);
+                    slab
+                };
+                let third = numel / 3;
+                let data = match rank {
+                    0 => Data::Many(vec![slab(third), slab(0), slab(numel - third)]),
+                    1 => Data::InPlace(slab(numel)),
+                    _ => Data::Out {
+                        from: slab(numel),
+                        into: host.alloc(Dtype::F32, numel).unwrap(),
+                    },
+                };
+                let call = Call::new(Op::AllReduce(ReduceOp::Sum));
+                let back = host.submit(call, data).unwrap().wait().unwrap();
+                let slabs = match back {
+                    Data::Many(slabs) => slabs,
+                    other => vec![other.into_output()],
+                };
+                let values = slabs.iter().flat_map(|slab| slab.as_slice::<f32>());
+                assert!(values.clone().all(|value| *value == 6.0));
+                assert_eq!(values.count(), numel);
+            }
+        }
+    });
+}
+
+/// Goal: roots that run ahead spoil nothing that the others still read. Method: many calls in flight, in which almost
+/// nobody waits for anybody, the root another one each time.
+#[test]
+fn roots_that_change_run_ahead_of_the_others() {
+    for size in [2, 3] {
+        world(size, |member| {
+            let mut host = shm(member, options());
+            let works: Vec<_> = (0..600)
+                .map(|turn| {
+                    let (root, is_sum) = (turn / 5 % size, turn % 7 == 3);
+                    let mut slab = host.alloc(Dtype::I32, [4, 900][turn % 2]).unwrap();
+                    let value = turn * 10 + host.rank();
+                    slab.as_mut_slice::<i32>().fill(value as i32);
+                    let op = match is_sum {
+                        true => Op::Reduce {
+                            op: ReduceOp::Sum,
+                            root,
+                        },
+                        false => Op::Broadcast { root },
+                    };
+                    host.submit(Call::new(op), Data::InPlace(slab)).unwrap()
+                })
+                .collect();
+            for (turn, work) in works.into_iter().enumerate() {
+                let slab = work.wait().unwrap().into_output();
+                let root = turn / 5 % size;
+                let expected = match (turn % 7 == 3, root == host.rank()) {
+                    (false, _) => turn * 10 + root,
+                    (true, true) => (0..size).map(|rank| turn * 10 + rank).sum(),
+                    (true, false) => turn * 10 + host.rank(),
+                };
+                let right = |value: &i32| *value == expected as i32;
+                assert!(slab.as_slice::<i32>().iter().all(right), "turn {turn}");
+            }
+        });
+    }
+}
+
+#[test]
 fn a_message_each_way_waits_for_both_peers() {
     world(3, |member| {
         let mut host = shm(member, options());
