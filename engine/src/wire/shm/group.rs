@@ -332,8 +332,8 @@ impl Group {
     }
 }
 
-/// A fingerprint of what one before it stands for, and of a header: each word is multiplied to twice its length and folded, as in wyhash (Wang Yi 2019). It tells accidents
-/// apart; a peer that wants to lie can.
+/// A fingerprint of a header, and of what the fingerprint `before` stands for: each word is multiplied to twice its length
+/// and folded, as in wyhash (Wang Yi 2019). It tells accidents apart; a peer that wants to lie can.
 pub(super) fn print(before: u64, details: &[u64; DETAILS]) -> u64 {
     details.iter().fold(before, |print, word| {
         let wide = u128::from(print ^ word) * 0xa076_1d64_78bd_642f;
