@@ -217,7 +217,8 @@ impl<C: Communicator + ?Sized> Collectives for C {
         counts: &[usize],
     ) -> Result<(Slab, Vec<usize>)> {
         let (rank, size) = (self.rank(), self.size());
-        if counts.len() != size || counts.iter().sum::<usize>() != buffer.numel() {
+        let sum = counts.iter().copied().try_fold(0, usize::checked_add);
+        if counts.len() != size || sum != Some(buffer.numel()) {
             let what = format!(
                 "rank {rank}: all_to_all_v of {} elements with {} counts among {size} ranks",
                 buffer.numel(),

@@ -75,7 +75,7 @@ impl Messages {
         data: &mut Data,
         patience: Duration,
     ) -> Result<Spent> {
-        let deadline = self.clock.now() + patience;
+        let deadline = self.clock.now().saturating_add(patience);
         let given = std::mem::replace(data, Data::None);
         let (back, spent) = self.do_on(stamp, call, given, deadline)?;
         *data = back;

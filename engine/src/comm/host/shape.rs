@@ -125,6 +125,13 @@ impl Claim<'_> {
             return Err(self.wrong(what, "Name a rank of the group as the root"));
         }
         let (dtype, numel) = self.full(root)?;
+        if let Some(fold) = op.reduce().map(|reduce| reduce.fold())
+            && !fold.takes(dtype)
+        {
+            let what = format!("with {} of {dtype}", fold.name());
+            let hint = "Bits are of integers and bool, sums and products of all but bool";
+            return Err(self.wrong(what, hint));
+        }
         self.cut(numel)?;
         let shape = Shape { dtype, numel };
         match self.data {
@@ -177,10 +184,22 @@ impl Claim<'_> {
             (Data::Out { from, .. }, _) => (from, 1),
         };
         let numel = match &self.call.counts {
-            Some(counts) => counts.iter().sum(),
+            Some(counts) => self.sum(slab.dtype(), counts)?,
             None => slab.numel() * times,
         };
         Ok((slab.dtype(), numel))
+    }
+
+    /// How many elements there are in all, if there can be so many. Counts of other ranks fit no slab of this one.
+    fn sum(&self, dtype: Dtype, counts: &[usize]) -> Result<usize> {
+        let most = isize::MAX as usize / dtype.size();
+        let sum = counts.iter().try_fold(0usize, |sum, count| {
+            sum.checked_add(*count).filter(|sum| *sum <= most)
+        });
+        sum.ok_or_else(|| {
+            let what = format!("of more {dtype} elements than memory holds");
+            self.wrong(what, "Look for counts that were never set, or less than 0")
+        })
     }
 
     /// Can the full vector be cut as the call says?

@@ -6,7 +6,7 @@ use fabric_kernels::{self as kernels, Dtype, Span, SpanMut};
 use super::{
     Group, STAGE_BYTES, STAGE_IN,
     flags::{Note, WORDS},
-    group::print,
+    group::{SEED, print},
 };
 use crate::{
     buffer::Slab,
@@ -86,7 +86,9 @@ impl Group {
                 continue;
             }
             self.pending.clear();
-            self.pending.push(way.peer);
+            let ways = coming.into_iter().chain(going);
+            self.pending.extend(ways.map(|way| way.peer));
+            self.pending.dedup();
             let nap = self.check(&header(stamp, way.total))?;
             let nap = if coming.is_some() && going.is_some() {
                 nap.min(std::time::Duration::from_millis(1)) // either may come first
@@ -120,7 +122,7 @@ impl Group {
         let mut words = [0; WORDS];
         words[..2].copy_from_slice(&[at, bytes as u64]);
         let note = Note {
-            print: print(&details),
+            print: print(SEED, &details),
             words,
         };
         way.step = way.step.wrapping_add(1);
@@ -154,7 +156,7 @@ impl Group {
             return Ok(false);
         };
         let header = header(stamp, way.total);
-        if note.print != print(&header.to_words()) {
+        if note.print != print(SEED, &header.to_words()) {
             return Err(self.diverged(way.peer, &header, &theirs.sent.details(step)));
         }
         let bytes = usize::try_from(note.words[1]).unwrap_or(usize::MAX);

@@ -13,10 +13,11 @@ use crate::{
     error::{Error, Result},
     wire::{
         Vigil,
-        frame::{HEADER_BYTES, Header},
+        frame::{HEADER_BYTES, Header, OpCode},
     },
 };
 
+pub(super) const SEED: u64 = 0x9e37_79b9_7f4a_7c15; // of fingerprints
 const NAP: Duration = Duration::from_millis(20); // how often a sleeper looks at the signal and the deadline
 const GRACE: Duration = Duration::from_secs(1); // how long a failed peer's own words may take
 
@@ -44,6 +45,7 @@ pub(crate) struct Group {
     pub(super) vigil: Vigil,
     pub(super) turns: Turns,
     step: u32,
+    past: u64,                         // the fingerprint of all steps so far
     met: u32,                          // the last step at which this rank saw everybody
     words: Vec<[u64; WORDS]>,          // of the last step, by rank: of those that were needed
     pub(super) pending: Vec<usize>,    // peers that are waited for
@@ -71,6 +73,7 @@ impl Group {
             vigil,
             turns: Turns::new(crowded),
             step: 0,
+            past: SEED,
             met: 0,
             words: vec![[0; WORDS]; size],
             pending: Vec::with_capacity(size),
@@ -148,14 +151,16 @@ impl Group {
         self.wait(header, print, Needs::All)
     }
 
-    /// Come to the next step, which has room, with `words`; gives the fingerprint that others must have.
+    /// Come to the next step, which has room, with `words`; gives the fingerprint that others must have: of this step and
+    /// all before it, because there are steps at which not everybody is waited for.
     pub(crate) fn come(&mut self, header: &Header, words: [u64; WORDS]) -> u64 {
         self.step = self.step.wrapping_add(1);
         let details = header.to_words();
         let note = Note {
-            print: print(&details),
+            print: print(self.past, &details),
             words,
         };
+        self.past = note.print;
         let control = self.own.mapping().control();
         control.publish(self.step, &note, &details);
         self.words[self.rank] = words;
@@ -234,8 +239,7 @@ impl Group {
                 continue;
             };
             if note.print != ours {
-                let theirs = self.memory(peer).control().details(self.step);
-                return Err(self.diverged(peer, header, &theirs));
+                return Err(self.parted(peer, header));
             }
             self.vigil.ledger.saw(peer, header.stamp.sequence);
             self.words[peer] = note.words;
@@ -244,14 +248,38 @@ impl Group {
         Ok(())
     }
 
-    /// What is wrong with a peer whose fingerprint is another.
+    /// Where a peer whose fingerprint is another went another way: at the first step that both still show.
+    fn parted(&self, peer: usize, header: &Header) -> Error {
+        let (own, other) = (self.own.mapping().control(), self.memory(peer).control());
+        for back in (0..LINES as u32).rev() {
+            let step = self.step.wrapping_sub(back);
+            if own.arrived(step).is_none() || other.arrived(step).is_none() {
+                continue;
+            }
+            let (ours, theirs) = (own.details(step), other.details(step));
+            if ours != theirs {
+                let ours = Header::from_words(&ours).unwrap_or(*header);
+                return self.diverged(peer, &ours, &theirs);
+            }
+        }
+        Error::Diverged {
+            rank: self.rank,
+            peer,
+            ours: header.stamp.to_string(),
+            theirs: format!("{}, after another operation than ours", header.stamp),
+        }
+    }
+
+    /// What is wrong with a peer whose header is another.
     pub(super) fn diverged(&self, peer: usize, ours: &Header, theirs: &[u64; DETAILS]) -> Error {
         let theirs = Header::from_words(theirs).filter(|theirs| theirs != ours);
         let Some(theirs) = theirs else {
             let how = "it left a note in shared memory that is none of this protocol";
             return self.vigil.ledger.lost(peer, how);
         };
-        self.vigil.ledger.saw(peer, theirs.stamp.sequence);
+        if theirs.stamp.op != OpCode::SendRecv {
+            self.vigil.ledger.saw(peer, theirs.stamp.sequence); // messages have no number
+        }
         let same = ours.stamp == theirs.stamp;
         let text = |header: &Header| {
             if same {
@@ -304,10 +332,10 @@ impl Group {
     }
 }
 
-/// A fingerprint: each word is multiplied to twice its length and folded, as in wyhash (Wang Yi 2019). It tells accidents
-/// apart; a peer that wants to lie can.
-pub(super) fn print(details: &[u64; DETAILS]) -> u64 {
-    details.iter().fold(0x9e37_79b9_7f4a_7c15, |print, word| {
+/// A fingerprint of a header, and of what the fingerprint `before` stands for: each word is multiplied to twice its length
+/// and folded, as in wyhash (Wang Yi 2019). It tells accidents apart; a peer that wants to lie can.
+pub(super) fn print(before: u64, details: &[u64; DETAILS]) -> u64 {
+    details.iter().fold(before, |print, word| {
         let wide = u128::from(print ^ word) * 0xa076_1d64_78bd_642f;
         (wide >> 64) as u64 ^ wide as u64
     })
@@ -316,7 +344,7 @@ pub(super) fn print(details: &[u64; DETAILS]) -> u64 {
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
-    use crate::wire::frame::{Label, OpCode, ReduceCode, Stamp};
+    use crate::wire::frame::{Label, ReduceCode, Stamp};
 
     #[test]
     fn fingerprints_differ_wherever_headers_do() {
@@ -344,7 +372,7 @@ mod tests {
         others[5].stamp.numel = 13;
         others[6].stamp.cut = 1;
         others[7].round = 2;
-        let print = |header: &Header| print(&header.to_words());
+        let print = |header: &Header| print(SEED, &header.to_words());
         assert_eq!(print(&header), print(&header.clone()));
         for (index, other) in others.iter().enumerate() {
             assert_ne!(print(other), print(&header), "{index}");

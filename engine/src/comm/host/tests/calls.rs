@@ -116,6 +116,8 @@ fn the_convenient_forms_say_what_everybody_gave() {
         }
         let wrong = host.all_to_all_v(&vec![0u8; 3], &[1, 1, 2]);
         assert!(wrong.unwrap_err().to_string().contains("together they are"));
+        let wrong = host.all_to_all_v(&vec![0u8; 3], &[usize::MAX, 3, 1]);
+        assert!(wrong.unwrap_err().to_string().contains("together they are"));
     });
 }
 
@@ -186,6 +188,30 @@ fn memory_that_does_not_fit_a_call_is_refused_before_anybody_waits() {
                 Data::InPlace(slab(3)),
                 "multiple",
             ),
+            (
+                call(Op::AllGather).counts([usize::MAX, 2]),
+                Data::InPlace(slab(1)),
+                "than memory holds",
+            ),
+            (
+                // What the last rank keeps, only it could refuse.
+                call(Op::AllToAll).counts([1, 0, 0, usize::MAX / 4]),
+                out(1, 1),
+                "than memory holds",
+            ),
+            (
+                call(Op::AllReduce(ReduceOp::BitAnd)),
+                Data::InPlace(slab(2)),
+                "band of f32",
+            ),
+            (
+                call(Op::Reduce {
+                    op: ReduceOp::Sum,
+                    root: 0,
+                }),
+                Data::InPlace(Slab::zeroed(Dtype::Bool, 2)),
+                "sum of bool",
+            ),
         ];
         for (call, data, hint) in cases {
             let text = host.submit(call, data).unwrap_err().to_string();
@@ -222,13 +248,114 @@ fn a_message_of_another_length_is_named_on_the_side_that_receives_it() {
         };
         let data = Data::InPlace(host.alloc(Dtype::F32, numel).unwrap());
         let work = host.submit(Call::new(op).blocking(), data);
-        work.and_then(Work::wait).unwrap_err().to_string()
+        let error = work.and_then(Work::wait).unwrap_err().to_string();
+        let peer = 1 - member.rank();
+        let joined = host.shared.ledger.sighting(peer).joined;
+        assert_eq!(joined, None, "messages have no number");
+        error
     });
     assert!(
         errors[1].contains("send_recv(f32)") && errors[1].contains("12 bytes"),
         "{}",
         errors[1]
     );
+}
+
+#[test]
+fn ranks_may_hold_a_vector_each_in_its_own_way() {
+    world(3, |member| {
+        let rank = member.rank();
+        let hosts = [
+            Host::tcp(member, options()).unwrap(),
+            shm(member, options()),
+        ];
+        for mut host in hosts {
+            for numel in [0, 3, 900, 300_000] {
+                let slab = |numel| {
+                    let mut slab = Slab::zeroed(Dtype::F32, numel);
+                    slab.as_mut_slice::<f32>().fill(1.0 + rank as f32);
+                    slab
+                };
+                let third = numel / 3;
+                let data = match rank {
+                    0 => Data::Many(vec![slab(third), slab(0), slab(numel - third)]),
+                    1 => Data::InPlace(slab(numel)),
+                    _ => Data::Out {
+                        from: slab(numel),
+                        into: host.alloc(Dtype::F32, numel).unwrap(),
+                    },
+                };
+                let call = Call::new(Op::AllReduce(ReduceOp::Sum));
+                let back = host.submit(call, data).unwrap().wait().unwrap();
+                let slabs = match back {
+                    Data::Many(slabs) => slabs,
+                    other => vec![other.into_output()],
+                };
+                let values = slabs.iter().flat_map(|slab| slab.as_slice::<f32>());
+                assert!(values.clone().all(|value| *value == 6.0));
+                assert_eq!(values.count(), numel);
+            }
+        }
+    });
+}
+
+/// Goal: roots that run ahead spoil nothing that the others still read. Method: many calls in flight, in which almost
+/// nobody waits for anybody, the root another one each time.
+#[test]
+fn roots_that_change_run_ahead_of_the_others() {
+    for size in [2, 3] {
+        world(size, |member| {
+            let mut host = shm(member, options());
+            let works: Vec<_> = (0..600)
+                .map(|turn| {
+                    let (root, is_sum) = (turn / 5 % size, turn % 7 == 3);
+                    let mut slab = host.alloc(Dtype::I32, [4, 900][turn % 2]).unwrap();
+                    let value = turn * 10 + host.rank();
+                    slab.as_mut_slice::<i32>().fill(value as i32);
+                    let op = match is_sum {
+                        true => Op::Reduce {
+                            op: ReduceOp::Sum,
+                            root,
+                        },
+                        false => Op::Broadcast { root },
+                    };
+                    host.submit(Call::new(op), Data::InPlace(slab)).unwrap()
+                })
+                .collect();
+            for (turn, work) in works.into_iter().enumerate() {
+                let slab = work.wait().unwrap().into_output();
+                let root = turn / 5 % size;
+                let expected = match (turn % 7 == 3, root == host.rank()) {
+                    (false, _) => turn * 10 + root,
+                    (true, true) => (0..size).map(|rank| turn * 10 + rank).sum(),
+                    (true, false) => turn * 10 + host.rank(),
+                };
+                let right = |value: &i32| *value == expected as i32;
+                assert!(slab.as_slice::<i32>().iter().all(right), "turn {turn}");
+            }
+        });
+    }
+}
+
+#[test]
+fn a_message_each_way_waits_for_both_peers() {
+    world(3, |member| {
+        let mut host = shm(member, options());
+        if host.rank() > 0 {
+            host.shared.signal.wait(Duration::from_secs(30)).unwrap();
+            return;
+        }
+        let slab = |host: &Host| host.alloc(Dtype::F32, 3).unwrap();
+        let (from, into) = (slab(&host), slab(&host));
+        let mut call = Call::new(Op::SendRecv { to: 1, from: 2 }).blocking();
+        call.deadline = Some(Duration::from_millis(100));
+        let work = host.submit(call, Data::Out { from, into }).unwrap();
+        let error = work.wait().unwrap_err();
+        let Error::Timeout { waiting_for, .. } = &error else {
+            panic!("{error}")
+        };
+        assert_eq!(waiting_for, &[1, 2]);
+    });
 }
 
 #[test]

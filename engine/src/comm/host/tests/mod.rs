@@ -124,6 +124,61 @@ fn two_shared_ranks_that_meet_in_different_operations_both_diverge() {
     }
 }
 
+/// Goal: ranks that name different roots are told, also where nobody waits for another in that call. Method: every rank
+/// takes itself for the root of a broadcast, or the other for the root of a reduce; whoever meets next must see it.
+#[test]
+fn ranks_that_waited_for_nobody_diverge_when_they_meet() {
+    for over_shm in [true, false] {
+        for reduces in [true, false] {
+            let errors = world(2, |member| {
+                let mut host = if over_shm {
+                    shm(member, options())
+                } else {
+                    Host::tcp(member, options()).unwrap()
+                };
+                host.barrier().unwrap();
+                let mut values = vec![1.0f32; 3];
+                let rank = host.rank();
+                let done = if reduces {
+                    host.reduce(&mut values, ReduceOp::Sum, 1 - rank)
+                } else {
+                    host.broadcast(&mut values, rank)
+                };
+                let done = done.and_then(|()| host.barrier());
+                done.unwrap_err().to_string()
+            });
+            for error in errors {
+                assert!(error.contains("have diverged"), "{error}");
+                let words = ["from rank 0", "from rank 1"];
+                let words = if reduces {
+                    ["to rank 0", "to rank 1"]
+                } else {
+                    words
+                };
+                let named = words.iter().filter(|root| error.contains(**root));
+                assert!(named.count() > usize::from(over_shm), "{error}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_deadline_may_be_as_late_as_time_goes() {
+    world(2, |member| {
+        let endless = Options {
+            deadline: Duration::MAX,
+            ..options()
+        };
+        let hosts = [
+            Host::tcp(member, endless.clone()).unwrap(),
+            shm(member, endless),
+        ];
+        for mut host in hosts {
+            host.barrier().unwrap();
+        }
+    });
+}
+
 #[test]
 fn a_rank_that_never_comes_is_named_by_the_timeout() {
     for over_shm in [true, false] {
