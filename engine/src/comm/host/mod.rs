@@ -265,10 +265,33 @@ impl Host {
 /// The worker's life: one job after the other, in order of submission.
 fn work(shared: &Shared, jobs: &Taker<Job>, pending: &AtomicUsize) {
     while let Some(job) = jobs.take() {
-        let mut data = job.data;
-        let result = shared.run(&job.stamp, &job.call, &mut data);
+        let mut held = Held {
+            shared,
+            data: Some(job.data),
+        };
+        let data = held.data.as_mut().expect("put there above");
+        let result = shared.run(&job.stamp, &job.call, data);
+        let data = held.data.take().expect("it is still there");
         pending.fetch_sub(1, Ordering::AcqRel);
         job.promise.keep(result.map(|()| data));
+    }
+}
+
+/// The memory of a job that runs. If the job panics, which is a mistake in Fabric, everybody is told, and the memory is never
+/// used again, because peers may still store there.
+struct Held<'a> {
+    shared: &'a Shared,
+    data: Option<Data>,
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        if let Some(data) = self.data.take() {
+            std::mem::forget(data);
+            let reason = "the communicator's thread panicked; its output says where";
+            self.shared
+                .fail(Error::argument(reason, "This is a mistake in Fabric"));
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use super::super::{
     super::{Call, Spent},
     script::starts,
 };
-use super::windows::{Window, windows};
+use super::windows::{Window, few_windows};
 use crate::{
     schedule::{
         self, Algorithm, Kind, Problem, Ranks, Shared,
@@ -66,7 +66,7 @@ pub(super) struct Outline {
     pub(super) lengths: (usize, usize),
     /// Elements in all ranks' inputs and outputs.
     pub(super) touched_elems: usize,
-    windows: OnceLock<Vec<Window>>, // for private buffers
+    windows: OnceLock<Option<Vec<Window>>>, // for private buffers
     size: usize,
     rank: usize,
 }
@@ -163,9 +163,10 @@ impl Outline {
         }
     }
 
-    /// The windows in which private buffers go through the stages.
-    pub(super) fn windows(&self, dtype: Dtype) -> &[Window] {
-        self.windows.get_or_init(|| windows(&self.problem, dtype))
+    /// The windows in which private buffers go through the stages, where they are few enough to be kept.
+    pub(super) fn windows(&self, dtype: Dtype) -> Option<&[Window]> {
+        let windows = || few_windows(&self.problem, dtype);
+        self.windows.get_or_init(windows).as_deref()
     }
 
     /// What it costs, by the steps.

@@ -6,7 +6,7 @@
 //! stage, and what peers have stored in ours stays until they store the next window, which is after the meeting to which we
 //! come only once we have copied out.
 
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
 use fabric_kernels as kernels;
 
@@ -31,15 +31,38 @@ impl Pass<'_> {
             output: STAGE_OUT,
         };
         self.places.resize(size, stages);
-        for window in outline.windows(self.math.stamp.dtype) {
-            let (tuning, rank) = (self.tuning, self.math.rank);
-            let make = |key: &Key| Outline::new(key, tuning, size, rank);
-            let small = self.outlines.get(window.key.clone(), make);
-            self.copy_in(problem, &small.problem, window, &hand, data)?;
-            self.steps(&small, &small.steps)?;
-            self.copy_out(problem, &small.problem, window, &hand, data)?;
+        let (tuning, rank, dtype) = (self.tuning, self.math.rank, self.math.stamp.dtype);
+        let make = |key: &Key| Outline::new(key, tuning, size, rank);
+        if let Some(windows) = outline.windows(dtype) {
+            for window in windows {
+                let small = self.outlines.get(window.key.clone(), make);
+                self.window(problem, window, &small, &hand, data)?;
+            }
+            return Ok(());
+        }
+        let mut last: Option<(Key, Arc<Outline>)> = None;
+        for window in windows(problem, dtype) {
+            let small = match last.take() {
+                Some((key, small)) if key == window.key => small,
+                _ => Arc::new(make(&window.key)),
+            };
+            self.window(problem, &window, &small, &hand, data)?;
+            last = Some((window.key, small));
         }
         Ok(())
+    }
+
+    fn window(
+        &mut self,
+        whole: &Problem,
+        window: &Window,
+        small: &Outline,
+        hand: &Hand,
+        data: &mut Data,
+    ) -> Result<()> {
+        self.copy_in(whole, &small.problem, window, hand, data)?;
+        self.steps(small, &small.steps)?;
+        self.copy_out(whole, &small.problem, window, hand, data)
     }
 
     fn copy_in(
@@ -95,6 +118,8 @@ impl Pass<'_> {
     }
 }
 
+const KEPT_PIECES: usize = if cfg!(test) { 8 } else { 8 << 10 }; // the tests see both ways
+
 /// Pieces of the full vector, one out of each part, and where each starts in the window's own.
 pub(super) struct Window {
     pieces: Vec<(Range<usize>, usize)>,
@@ -103,20 +128,25 @@ pub(super) struct Window {
 
 /// The windows of a problem. They are cut out of each slice where ranks have their own, and out of the vector where all have
 /// the whole.
-pub(super) fn windows(problem: &Problem, dtype: kernels::Dtype) -> Vec<Window> {
-    let whole = 0..problem.elems();
+fn windows(problem: &Problem, dtype: kernels::Dtype) -> impl ExactSizeIterator<Item = Window> {
     let (parts, held) = match problem.kind {
-        Kind::AllToAll => (&problem.blocks[..], problem.world),
+        Kind::AllToAll => (problem.blocks.clone(), problem.world),
         Kind::ReduceScatter | Kind::AllGather | Kind::Gather { .. } | Kind::Scatter { .. } => {
-            (&problem.slices[..], problem.world)
+            (problem.slices.clone(), problem.world)
         }
-        _ => (std::slice::from_ref(&whole), 1),
+        _ => (std::iter::once(0..problem.elems()).collect(), 1),
     };
     let width = STAGE_BYTES / dtype.size() / held; // of what one rank holds at most
     let longest = parts.iter().map(ExactSizeIterator::len).max();
     let starts = (0..longest.unwrap_or(0)).step_by(width);
-    let window = |start| Window::new(problem, dtype, parts, start, width);
-    starts.map(window).collect()
+    starts.map(move |start| Window::new(problem, dtype, &parts, start, width))
+}
+
+/// The same, to be kept; `None` where there are so many pieces that they are better cut anew each time.
+pub(super) fn few_windows(problem: &Problem, dtype: kernels::Dtype) -> Option<Vec<Window>> {
+    let windows = windows(problem, dtype);
+    let parts = problem.blocks.len().max(problem.world);
+    (windows.len() * parts <= KEPT_PIECES).then(|| windows.collect())
 }
 
 impl Window {

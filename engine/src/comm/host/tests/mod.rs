@@ -361,3 +361,47 @@ fn an_arena_that_is_full_costs_copies_only() {
         }));
     });
 }
+
+/// A wire with a mistake in it.
+struct Faulty;
+
+impl Wire for Faulty {
+    fn rank(&self) -> usize {
+        0
+    }
+
+    fn size(&self) -> usize {
+        2
+    }
+
+    fn exchange(
+        &mut self,
+        _: &Stamp,
+        _: u32,
+        _: &crate::wire::Traffic,
+        _: &mut [Slab],
+        _: Option<Duration>,
+    ) -> Result<()> {
+        panic!("a mistake")
+    }
+
+    fn sent(&self) -> crate::wire::Sent {
+        crate::wire::Sent::default()
+    }
+}
+
+#[test]
+fn a_panic_on_the_communicators_thread_is_everybodys_error() {
+    let vigil = Vigil {
+        clock: Clock::machine(),
+        signal: crate::signal::Signal::new(),
+        ledger: Ledger::new(0, 2),
+    };
+    let signal = vigil.signal.clone();
+    let mut host = Host::over_wire(Box::new(Faulty), WireKind::Tcp, vigil, options()).unwrap();
+    let work = host.submit(Call::new(Op::Barrier), Data::None).unwrap();
+    assert!(work.wait().unwrap_err().to_string().contains("panicked"));
+    assert!(signal.is_raised());
+    let again = host.submit(Call::new(Op::Barrier), Data::None);
+    assert!(again.unwrap_err().to_string().contains("panicked"));
+}
