@@ -10,7 +10,7 @@ use std::{
 
 use fabric_engine::{
     Error,
-    comm::host::{Host, tuning_path},
+    comm::host::{Host, POST_BYTES, tuning_path},
     schedule::{
         Algorithm, Kind,
         choose::{Row, Tuning, WireKind},
@@ -28,7 +28,6 @@ use super::{
 };
 
 const WINS: f64 = 0.95; // an algorithm that takes over needs at most so much of the other's time
-const POST_BYTES: usize = 16 << 10; // the longest input that is posted; others are loaded whatever the table says
 const ROUNDS: usize = 5; // in which the algorithms take turns
 const LINK: &str = "# link "; // begins the lines of constants
 

@@ -44,6 +44,9 @@ use queue::{Giver, Taker, queue};
 pub(super) use shape::check_shapes;
 use shape::stamp;
 use shared::SharedMemory;
+/// The longest input, in bytes, that shared memory posts; longer ones are loaded whatever the tuning table says.
+pub const POST_BYTES: usize = crate::wire::shm::POST_BYTES;
+
 pub use tuned::{FABRIC_TUNING, tuning, tuning_path};
 
 pub use crate::wire::stream::Security;
