@@ -132,7 +132,7 @@ pub(crate) fn failures_of<T: Send>(
     fabric: &Fabric,
     body: impl Fn(&Fabric) -> Result<T> + Sync,
 ) -> Vec<String> {
-    let world = fabric.devices();
+    let world = fabric.ranks();
     let said = Mutex::new(vec![None; world]);
     let connected = Barrier::new(world); // else a rank that still connects fails there
     let outcome = fabric.launch_threads(|fabric| {

@@ -9,7 +9,7 @@ use fabric::{
 fn main() -> Result<()> {
     let devices = std::env::args().nth(1).unwrap_or_else(|| "2".into());
     let fabric = Fabric::builder()
-        .devices_text(&devices)
+        .devices(&devices)
         .strategy("ddp")
         .logger(CsvLogger::new("out", "line"))
         .build()?;

@@ -31,7 +31,7 @@ struct Args {
 fn main() -> Result<()> {
     let args = Args::parse();
     let fabric = Fabric::builder()
-        .devices_text(&args.devices)
+        .devices(&args.devices)
         .strategy(&args.strategy)
         .state_dict_type("sharded")
         .build()?;

@@ -20,6 +20,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+pub mod accelerator;
 pub mod callback;
 pub mod checkpoint;
 pub mod data;
@@ -35,6 +36,7 @@ pub mod precision;
 pub mod resolve;
 pub mod seed;
 mod shards;
+pub mod strategy;
 pub mod vec;
 
 pub use checkpoint::{State, StateDictType};

@@ -153,13 +153,6 @@ pub const HSDP: Row = Row {
 /// All rows that can be run.
 pub const ROWS: [Row; 6] = [SINGLE, DDP, ZERO1, ZERO2, FSDP, HSDP];
 
-/// Other names for rows.
-const ALIASES: [(&str, Row); 3] = [
-    ("deepspeed_stage_1", ZERO1),
-    ("deepspeed_stage_2", ZERO2),
-    ("deepspeed_stage_3", FSDP),
-];
-
 impl Row {
     const fn one(name: &'static str, shard: Axis) -> Self {
         Self {
@@ -167,15 +160,6 @@ impl Row {
             shard,
             replica: None,
         }
-    }
-
-    /// The row called `name` (in any case), or that has it as another name.
-    pub fn named(name: &str) -> Option<Self> {
-        let aliases = ALIASES.into_iter();
-        ROWS.into_iter()
-            .map(|row| (row.name, row))
-            .chain(aliases)
-            .find_map(|(known, row)| known.eq_ignore_ascii_case(name).then_some(row))
     }
 }
 
@@ -204,14 +188,6 @@ mod tests {
         let replicas = HSDP.replica.unwrap();
         assert_eq!(replicas.reduction(), AllReduce(mean));
         assert_eq!(replicas.after_step(), Local);
-    }
-
-    #[test]
-    fn a_row_is_found_by_its_name_in_any_case() {
-        assert_eq!(Row::named("DDP"), Some(DDP));
-        assert_eq!(Row::named("DeepSpeed_stage_1"), Some(ZERO1));
-        assert_eq!(Row::named("deepspeed_stage_3"), Some(FSDP));
-        assert_eq!(Row::named("dpp"), None);
     }
 
     #[test]

@@ -20,6 +20,7 @@ pub use clip::Clip;
 pub use training::FabricOptimizer;
 
 use crate::{
+    accelerator::Hardware,
     callback::{Callback, Callbacks},
     checkpoint::StateDictType,
     environment::Place,
@@ -29,6 +30,7 @@ use crate::{
     model::Core,
     precision::{LossScaler, LossScalerState},
     resolve::{Devices, Precision, Request, Resolved, resolve},
+    strategy::Strategy,
 };
 use world::World;
 
@@ -75,34 +77,32 @@ pub struct Builder {
     scaler: Option<LossScaler>,
     loggers: Vec<Box<dyn Logger>>,
     callbacks: Callbacks,
-    fault: Option<Error>,
 }
 
 impl Builder {
-    /// The accelerator: "cpu", or "auto" (the default).
+    /// The accelerator: "cpu", "cuda" (or "gpu"), "metal", "tpu", one of your own ([`crate::accelerator::register`]), or "auto"
+    /// (the default).
     pub fn accelerator(mut self, name: &str) -> Self {
         self.request.accelerator = Some(name.into());
         self
     }
 
-    /// How many processes on this machine; the default is "auto".
+    /// How many devices of each machine, or which: `2`, `"auto"` (the default), `-1` for all, `[0, 2]` or `"0,2"`.
     pub fn devices(mut self, devices: impl Into<Devices>) -> Self {
         self.request.devices = devices.into();
         self
     }
 
-    /// How many processes, from a command line: a number, or "auto".
-    pub fn devices_text(mut self, text: &str) -> Self {
-        match Devices::parse(text) {
-            Ok(devices) => self.request.devices = devices,
-            Err(error) => self.fault = Some(error),
-        }
+    /// How many machines; on each of them the program is started once, or all of its ranks by a launcher.
+    pub fn num_nodes(mut self, nodes: usize) -> Self {
+        self.request.num_nodes = Some(nodes);
         self
     }
 
-    /// The strategy: "single", "ddp", "zero1", "zero2", "fsdp", "hsdp", or "auto" (the default).
-    pub fn strategy(mut self, name: &str) -> Self {
-        self.request.strategy = Some(name.into());
+    /// The strategy: "single", "ddp", "zero1", "zero2", "fsdp", "hsdp", one of Lightning's other names for these, one of your
+    /// own ([`crate::strategy::Preset`]), or "auto" (the default).
+    pub fn strategy(mut self, strategy: impl Into<Strategy>) -> Self {
+        self.request.strategy = Some(strategy.into());
         self
     }
 
@@ -156,13 +156,13 @@ impl Builder {
     /// # Errors
     /// When a name is unknown, choices contradict each other, or the environment's rank variables are malformed.
     pub fn build(self) -> Result<Fabric> {
-        if let Some(fault) = self.fault {
-            return Err(fault);
-        }
-        let outside = Place::detect(&|name| std::env::var(name).ok())?.map(|place| place.world);
-        let resolved = resolve(&self.request, outside)?;
+        let get = |name: &str| std::env::var(name).ok();
+        let request = self.request.with_environment(&get)?;
+        let outside = Place::detect(&get)?;
+        let resolved = resolve(&request, outside.as_ref(), &Hardware::look())?;
         let policy = resolved.precision.policy();
         let mut options = self.options;
+        resolved.preset.apply(&mut options);
         crate::resolve::check_group(&resolved.strategy, self.group)?;
         if policy.is_mixed() {
             options.main_dtype.get_or_insert(policy.main);
@@ -171,7 +171,7 @@ impl Builder {
         let scaler = scaler.map(|usual| self.scaler.unwrap_or(usual));
         Ok(Fabric {
             inner: Arc::new(Inner {
-                request: self.request,
+                request,
                 resolved,
                 options,
                 scaler: Mutex::new(scaler),
@@ -210,7 +210,7 @@ impl Fabric {
         let place = Place::detect(&|name| std::env::var(name).ok())?;
         match place {
             Some(place) => world::as_rank(self, &place, body).map(Some),
-            None if self.inner.resolved.devices == 1 => {
+            None if self.inner.resolved.world_size == 1 => {
                 *self.lock_world() = Some(World::solo()?);
                 let result = body(self);
                 self.leave(result.as_ref().err());
@@ -218,7 +218,7 @@ impl Fabric {
             }
             // The ranks have run the whole program, later launches included.
             None if SUPERVISED.swap(true, Ordering::Relaxed) => Ok(None),
-            None => supervise(self.inner.resolved.devices).map(|()| None),
+            None => supervise(self.inner.resolved.devices()).map(|()| None),
         }
     }
 
@@ -233,7 +233,7 @@ impl Fabric {
         &self,
         body: impl Fn(&Self) -> Result<T> + Sync,
     ) -> Result<Vec<T>> {
-        let count = resolve(&self.inner.request, None)?.devices;
+        let count = resolve(&self.inner.request, None, &Hardware::look())?.world_size;
         let meeting = world::Meeting::new()?;
         threads::run(count, threads::STACK_BYTES, |rank| {
             let fabric = self.twin();
@@ -295,8 +295,8 @@ impl Fabric {
     }
 
     /// How many ranks the job will have, already before launch: to check arguments once, and not on every rank.
-    pub fn devices(&self) -> usize {
-        self.inner.resolved.devices
+    pub fn ranks(&self) -> usize {
+        self.inner.resolved.world_size
     }
 
     /// Whether this is the rank that writes files and prints.
@@ -305,8 +305,8 @@ impl Fabric {
     }
 
     /// The accelerator's name.
-    pub fn accelerator(&self) -> &'static str {
-        self.inner.resolved.accelerator
+    pub fn accelerator(&self) -> &str {
+        &self.inner.resolved.accelerator
     }
 
     /// The strategy's name.

@@ -16,7 +16,7 @@ use fabric_engine::{
 
 pub use count::{parse_bytes, parse_count};
 
-use crate::{error::Result, precision::Precision};
+use crate::{error::Result, precision::Precision, strategy::Preset};
 
 const MOST_LAYERS: usize = 10_000;
 
@@ -37,6 +37,7 @@ pub struct Description {
     layers: usize,
     world: usize,
     row: Row,
+    preset: Preset,
     precision: Precision,
     states: usize,
     options: Options,
@@ -64,7 +65,8 @@ impl Description {
                 ),
             ));
         }
-        let row = crate::resolve::row(strategy)?;
+        let preset = crate::strategy::named(strategy)?;
+        let row = preset.row();
         if row == SINGLE && world > 1 {
             return Err(crate::Error::argument(
                 format!("strategy 'single' with {world} ranks"),
@@ -76,6 +78,7 @@ impl Description {
             layers: layers.min(params),
             world,
             row,
+            preset,
             precision: Precision::F32,
             states: 2,
             options: Options::default(),
@@ -109,6 +112,7 @@ impl Description {
         crate::resolve::check_group(&self.row, self.options.group)?;
         let policy = self.precision.policy();
         let mut options = self.options.clone();
+        self.preset.apply(&mut options);
         if policy.is_mixed() {
             options.main_dtype.get_or_insert(policy.main);
         }

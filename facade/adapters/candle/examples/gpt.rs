@@ -37,7 +37,7 @@ fn main() -> Result<()> {
     let args = Args::parse();
     let (folder, name) = args.folder_and_name();
     let mut builder = Fabric::builder()
-        .devices_text(&args.devices)
+        .devices(&args.devices)
         .strategy(&args.strategy)
         .precision(&args.precision)
         .state_dict_type("full")
@@ -48,7 +48,7 @@ fn main() -> Result<()> {
     let fabric = builder.build()?;
     args.check()?;
     let (train, validation) = text::load(args.data.as_deref(), args.context)?;
-    args.check_batch(fabric.devices(), &train)?;
+    args.check_batch(fabric.ranks(), &train)?;
     fabric
         .launch(|fabric| run(fabric, &args, &train, &validation))
         .map(drop)
