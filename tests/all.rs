@@ -4,6 +4,7 @@ mod bits;
 mod blocks;
 mod checkpoint;
 mod circle;
+mod conformance;
 mod corners;
 mod ddp;
 mod exhaustive;

@@ -1,17 +1,16 @@
-//! Fabric's collectives: on buffers, on numbers, and on any value that serde knows. None of them needs a barrier.
-
-use std::time::Duration;
+//! Fabric's collectives on buffers: none of them needs a barrier, and none copies more than its wire asks for. Those on numbers
+//! and values are in `values`.
+//!
+//! All ranks call the same operations in the same order; ranks that do not are told so, with both sides named.
 
 use fabric_engine::{
     buffer::{Buffer, Slab},
-    comm::{Call, Collectives, Data, Op, ReduceOp},
+    comm::{Call, Collectives, Data, Op, ReduceOp, Work},
+    kernels::Dtype,
 };
-use serde::{Serialize, de::DeserializeOwned};
 
 use super::Fabric;
-use crate::error::{Error, Result};
-
-const PATIENT: Duration = Duration::from_secs(10_000 * 24 * 3600); // a download may take as long as it likes
+use crate::error::Result;
 
 impl Fabric {
     /// Leave when every rank has come.
@@ -30,14 +29,25 @@ impl Fabric {
         Ok(self.comm()?.lock().all_reduce(buffer, op)?)
     }
 
-    /// The fold of one number a rank.
+    /// [`Fabric::all_reduce`] of many buffers of one type, as one operation.
     ///
     /// # Errors
     /// As [`Fabric::all_reduce`].
-    pub fn all_reduce_value(&self, value: f64, op: ReduceOp) -> Result<f64> {
-        let mut buffer = vec![value];
-        self.all_reduce(&mut buffer, op)?;
-        Ok(buffer[0])
+    pub fn all_reduce_coalesced(
+        &self,
+        buffers: &mut [&mut dyn Buffer],
+        op: ReduceOp,
+    ) -> Result<()> {
+        Ok(self.comm()?.lock().all_reduce_coalesced(buffers, op)?)
+    }
+
+    /// Replace `buffer` on every rank by rank `src`'s, as it lies in memory: nothing is serialised. For values, see
+    /// [`Fabric::broadcast`].
+    ///
+    /// # Errors
+    /// As [`Fabric::all_reduce`].
+    pub fn broadcast_buffer(&self, buffer: &mut dyn Buffer, src: usize) -> Result<()> {
+        Ok(self.comm()?.lock().broadcast(buffer, src)?)
     }
 
     /// Every rank's `buffer`, by rank: `[world size, numel]` elements, also with one rank.
@@ -48,94 +58,139 @@ impl Fabric {
         Ok(self.comm()?.lock().all_gather(buffer)?)
     }
 
-    /// Every rank's value, by rank.
+    /// Every rank's `buffer` of any length, by rank: the elements, and how many each rank gave.
+    ///
+    /// ```
+    /// use fabric::Fabric;
+    ///
+    /// let fabric = Fabric::builder().devices(3).build()?;
+    /// fabric.launch_threads(|fabric| {
+    ///     let mine = vec![fabric.global_rank() as f32; fabric.global_rank()];
+    ///     let (all, counts) = fabric.all_gather_uneven(&mine)?;
+    ///     assert_eq!(all.as_slice::<f32>(), [1.0, 2.0, 2.0]);
+    ///     assert_eq!(counts, [0, 1, 2]);
+    ///     Ok(())
+    /// })?;
+    /// # Ok::<(), fabric::Error>(())
+    /// ```
     ///
     /// # Errors
-    /// As [`Fabric::all_reduce`], or when the value cannot be written or read.
-    pub fn all_gather_object<T: Serialize + DeserializeOwned>(&self, value: &T) -> Result<Vec<T>> {
-        let rows = self.comm()?.lock().all_gather_bytes(&pack(value)?)?;
-        rows.iter().map(|row| unpack(row)).collect()
+    /// As [`Fabric::all_reduce`].
+    pub fn all_gather_uneven(&self, buffer: &dyn Buffer) -> Result<(Slab, Vec<usize>)> {
+        Ok(self.comm()?.lock().all_gather_v(buffer)?)
     }
 
-    /// Rank `src`'s value, on every rank.
+    /// This rank's slice of the fold of all ranks' buffers; their length is a multiple of the world size.
     ///
     /// # Errors
-    /// As [`Fabric::all_reduce`], or when the value cannot be written or read.
-    pub fn broadcast<T: Serialize + DeserializeOwned>(&self, value: T, src: usize) -> Result<T> {
-        if self.world_size() == 1 && src == 0 {
-            self.comm()?;
-            return Ok(value);
-        }
-        let bytes = if self.global_rank() == src {
-            pack(&value)?
-        } else {
-            Vec::new()
-        };
-        let bytes = self.comm()?.lock().broadcast_bytes(&bytes, src)?;
-        unpack(&bytes)
+    /// As [`Fabric::all_reduce`].
+    pub fn reduce_scatter(&self, buffer: &dyn Buffer, op: ReduceOp) -> Result<Slab> {
+        Ok(self.comm()?.lock().reduce_scatter(buffer, op)?)
     }
 
-    /// Rank 0 runs `body` first, then all others at once: for a download that only one should make. It may take as long
-    /// as it likes. When rank 0 fails, the others fail with its error instead of running.
+    /// Block `rank` of every rank's `buffer`, by rank. Its length is a multiple of the world size.
     ///
     /// # Errors
-    /// `body`'s, rank 0's, or a collective's.
-    pub fn rank_zero_first<T>(&self, body: impl FnOnce() -> Result<T>) -> Result<T> {
-        self.comm()?; // before launch nothing runs
-        if !self.is_global_zero() {
-            return match self.hear_from_zero(String::new())?.as_str() {
-                "" => body(),
-                failure => {
-                    self.all_have_heard()?;
-                    Err(Error::new(format!("rank 0 failed first: {failure}")))
-                }
-            };
-        }
-        let result = body();
-        let failure = result
-            .as_ref()
-            .err()
-            .map_or(String::new(), |error| format!("{error} "));
-        let failed = result.is_err();
-        let mut heard = self.hear_from_zero(failure).map(drop);
-        if failed {
-            heard = heard.and_then(|()| self.all_have_heard());
-        }
-        let value = result?; // the first cause
-        heard.map(|()| value)
+    /// As [`Fabric::all_reduce`].
+    pub fn all_to_all(&self, buffer: &dyn Buffer) -> Result<Slab> {
+        Ok(self.comm()?.lock().all_to_all(buffer)?)
     }
 
-    /// A broadcast's root waits for nobody; one that leaves in anger would stop those who have not read it yet.
-    pub(crate) fn all_have_heard(&self) -> Result<()> {
-        Ok(self.comm()?.lock().barrier()?)
+    /// [`Fabric::all_to_all`] with blocks of `counts[to]` elements; also how many came from each rank.
+    ///
+    /// # Errors
+    /// As [`Fabric::all_reduce`].
+    pub fn all_to_all_uneven(
+        &self,
+        buffer: &dyn Buffer,
+        counts: &[usize],
+    ) -> Result<(Slab, Vec<usize>)> {
+        Ok(self.comm()?.lock().all_to_all_v(buffer, counts)?)
     }
 
-    /// Leave when every rank has come, however long that takes.
-    pub(crate) fn wait_for_all(&self) -> Result<()> {
-        let mut call = Call::new(Op::Barrier).blocking();
-        call.deadline = Some(PATIENT);
-        self.comm()?.lock().submit(call, Data::None)?.wait()?;
-        Ok(())
+    /// Replace rank `dst`'s `buffer` by the fold of all ranks' buffers; the others keep theirs.
+    ///
+    /// # Errors
+    /// As [`Fabric::all_reduce`].
+    pub fn reduce(&self, buffer: &mut dyn Buffer, op: ReduceOp, dst: usize) -> Result<()> {
+        Ok(self.comm()?.lock().reduce(buffer, op, dst)?)
     }
 
-    /// Rank 0's text, on all ranks, however long it takes to come.
-    fn hear_from_zero(&self, text: String) -> Result<String> {
-        self.wait_for_all()?;
-        let bytes = self.comm()?.lock().broadcast_bytes(text.as_bytes(), 0)?;
-        Ok(String::from_utf8_lossy(&bytes).trim_end().to_string())
+    /// Every rank's `buffer`, by rank, on rank `dst`; nothing elsewhere.
+    ///
+    /// # Errors
+    /// As [`Fabric::all_reduce`].
+    pub fn gather(&self, buffer: &dyn Buffer, dst: usize) -> Result<Option<Slab>> {
+        Ok(self.comm()?.lock().gather(buffer, dst)?)
     }
-}
 
-/// MessagePack, because it keeps NaN and describes itself.
-fn pack<T: Serialize>(value: &T) -> Result<Vec<u8>> {
-    Ok(rmp_serde::to_vec_named(value)?)
-}
+    /// This rank's slice of rank `src`'s buffer, into `into`; `src` alone gives `from`, of `world size x numel` elements.
+    ///
+    /// # Errors
+    /// As [`Fabric::all_reduce`].
+    pub fn scatter(
+        &self,
+        from: Option<&dyn Buffer>,
+        into: &mut dyn Buffer,
+        src: usize,
+    ) -> Result<()> {
+        Ok(self.comm()?.lock().scatter(from, into, src)?)
+    }
 
-fn unpack<T: DeserializeOwned>(bytes: &[u8]) -> Result<T> {
-    rmp_serde::from_slice(bytes).map_err(|error| {
-        Error::argument(
-            format!("a value of another rank cannot be read: {error}"),
-            "Broadcast and gather the same type on all ranks",
-        )
-    })
+    /// Give `buffer` to rank `dst`, which calls [`Fabric::recv`]; no other rank takes part.
+    ///
+    /// # Errors
+    /// As [`Fabric::all_reduce`].
+    pub fn send(&self, buffer: &dyn Buffer, dst: usize) -> Result<()> {
+        Ok(self.comm()?.lock().send(buffer, dst)?)
+    }
+
+    /// Replace `buffer` by what rank `src` sends.
+    ///
+    /// # Errors
+    /// As [`Fabric::all_reduce`].
+    pub fn recv(&self, buffer: &mut dyn Buffer, src: usize) -> Result<()> {
+        Ok(self.comm()?.lock().recv(buffer, src)?)
+    }
+
+    /// Memory that the ranks' wire reaches without a copy, for [`Fabric::submit`]. It is not cleared.
+    ///
+    /// # Errors
+    /// Before launch, or when there is no memory.
+    pub fn alloc(&self, dtype: Dtype, numel: usize) -> Result<Slab> {
+        Ok(self.comm()?.lock().alloc(dtype, numel)?)
+    }
+
+    /// Begin any collective and return at once. It owns its memory, which [`Work::wait`] gives back; several may be in
+    /// flight, and they run in the order in which they were submitted.
+    ///
+    /// ```
+    /// use fabric::{Fabric, ReduceOp, engine::comm::{Call, Data, Op}, engine::kernels::Dtype};
+    ///
+    /// let fabric = Fabric::builder().devices(2).build()?;
+    /// fabric.launch_threads(|fabric| {
+    ///     let mut slab = fabric.alloc(Dtype::F32, 4)?;
+    ///     slab.as_mut_slice::<f32>().fill(1.0);
+    ///     let work = fabric.submit(Call::new(Op::AllReduce(ReduceOp::Sum)), Data::InPlace(slab))?;
+    ///     // ... compute meanwhile ...
+    ///     let slab = work.wait()?.into_output();
+    ///     assert_eq!(slab.as_slice::<f32>(), [2.0; 4]);
+    ///     Ok(())
+    /// })?;
+    /// # Ok::<(), fabric::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Before launch, or when the call does not fit the data. The operation's own errors come from [`Work::wait`].
+    pub fn submit(&self, call: Call, data: Data) -> Result<Work> {
+        Ok(self.comm()?.lock().submit(call, data)?)
+    }
+
+    /// [`Fabric::all_reduce`] that returns at once: `wait()?.into_output()` is the fold.
+    ///
+    /// # Errors
+    /// As [`Fabric::submit`].
+    pub fn all_reduce_async(&self, slab: Slab, op: ReduceOp) -> Result<Work> {
+        self.submit(Call::new(Op::AllReduce(op)), Data::InPlace(slab))
+    }
 }

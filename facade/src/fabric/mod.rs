@@ -2,8 +2,11 @@
 
 mod clip;
 mod collectives;
+mod first;
+mod group;
 mod record;
 mod training;
+mod values;
 mod world;
 
 use std::sync::{

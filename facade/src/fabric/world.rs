@@ -66,6 +66,23 @@ impl World {
         })
     }
 
+    /// Some of the ranks of a job, which stays whole.
+    pub(super) fn part(comm: SharedComm, local_rank: usize, node_rank: usize) -> Self {
+        Self {
+            rank: comm.rank(),
+            size: comm.size(),
+            local_rank,
+            node_rank,
+            comm,
+            control: None,
+        }
+    }
+
+    /// The rank on its machine, and the machine.
+    pub(super) fn place(&self) -> (usize, usize) {
+        (self.local_rank, self.node_rank)
+    }
+
     /// Leave; an own error ends the job for everybody, in words.
     pub(super) fn leave(self, error: Option<&Error>) {
         if let (Some(control), Some(error)) = (&self.control, error)

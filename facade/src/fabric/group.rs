@@ -1,0 +1,71 @@
+//! Ranks among themselves: a group of ranks is a Fabric of its own, whose world they are.
+
+use std::sync::{Arc, Mutex};
+
+use fabric_engine::shard::SharedComm;
+
+use super::{Fabric, Inner, lock, world::World};
+use crate::error::{Error, Result};
+
+impl Fabric {
+    /// The group of all ranks that give the same `color`, ordered by `key`, then by rank: a Fabric whose ranks are numbered
+    /// from 0 and whose models, loaders, checkpoints and collectives are the group's. All ranks call this together.
+    ///
+    /// ```
+    /// use fabric::{Fabric, ReduceOp};
+    ///
+    /// let fabric = Fabric::builder().devices(4).build()?;
+    /// fabric.launch_threads(|fabric| {
+    ///     let pair = fabric.split(fabric.global_rank() as u32 / 2, 0)?;
+    ///     assert_eq!((pair.world_size(), pair.global_rank()), (2, fabric.global_rank() % 2));
+    ///     let sum = pair.all_reduce_value(fabric.global_rank(), ReduceOp::Sum)?;
+    ///     assert_eq!(sum, if fabric.global_rank() < 2 { 1 } else { 5 });
+    ///     Ok(())
+    /// })?;
+    /// # Ok::<(), fabric::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Before launch, or when a rank is gone.
+    pub fn split(&self, color: u32, key: u32) -> Result<Self> {
+        let comm = self.comm()?.lock().split(color, key)?;
+        let comm = SharedComm::new(comm);
+        let (inner, whole) = (&self.inner, self.lock_world());
+        let (local_rank, node_rank) = whole.as_ref().map_or((0, 0), World::place);
+        Ok(Self {
+            inner: Arc::new(Inner {
+                request: inner.request.clone(),
+                resolved: inner.resolved.clone(),
+                options: inner.options.clone(),
+                scaler: Mutex::new(lock(&inner.scaler).clone()),
+                world: Mutex::new(Some(World::part(comm, local_rank, node_rank))),
+                models: Mutex::default(),
+                loggers: inner.loggers.clone(),
+                callbacks: inner.callbacks.clone(),
+                warnings: Mutex::default(),
+            }),
+        })
+    }
+
+    /// The group of `ranks`, in this order; `None` on the others. All ranks call this together, with the same list.
+    ///
+    /// # Errors
+    /// Before launch, when a rank is not there or named twice, or when one is gone.
+    pub fn new_group(&self, ranks: &[usize]) -> Result<Option<Self>> {
+        let world = self.world_size();
+        for (index, rank) in ranks.iter().enumerate() {
+            if *rank >= world || ranks[..index].contains(rank) {
+                return Err(Error::argument(
+                    format!("a group of ranks {ranks:?} in a world of {world}"),
+                    "Name each rank once, from 0 to world size - 1",
+                ));
+            }
+        }
+        let place = ranks.iter().position(|rank| *rank == self.global_rank());
+        let group = self.split(
+            u32::from(place.is_none()),
+            u32::try_from(place.unwrap_or(0))?,
+        )?;
+        Ok(place.map(|_| group))
+    }
+}
