@@ -3,3 +3,4 @@
 //! alone stand beside it, under the same names.
 
 mod collectives;
+mod training;

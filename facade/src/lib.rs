@@ -41,7 +41,7 @@ pub mod vec;
 
 pub use checkpoint::{State, StateDictType};
 pub use error::{Error, Result};
-pub use fabric::{Builder, Clip, Fabric, FabricOptimizer};
+pub use fabric::{Accumulate, Builder, Clip, Fabric, FabricOptimizer, Micro};
 pub use fabric_engine as engine;
 pub use fabric_engine::comm::ReduceOp;
 pub use model::FabricModule;

@@ -1,5 +1,6 @@
 //! The object that a training program holds: what was asked for, the job that was joined, and Fabric's verbs.
 
+mod accumulate;
 mod clip;
 mod collectives;
 mod first;
@@ -19,6 +20,7 @@ use fabric_engine::{
     shard::{SharedComm, plan},
 };
 
+pub use accumulate::{Accumulate, Micro};
 pub use clip::Clip;
 pub use training::FabricOptimizer;
 
