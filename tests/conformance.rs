@@ -2,5 +2,6 @@
 //! docs/FABRIC.md reproduces, its reference values, or the defect that it does not have. Those that concern one module
 //! alone stand beside it, under the same names.
 
+mod checkpoints;
 mod collectives;
 mod training;

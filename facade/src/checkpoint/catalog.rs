@@ -11,8 +11,9 @@ use fabric_engine::kernels::{Dtype, SpanMut};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Entry, State,
+    Entry, Filters, State,
     holding::{Held, Holding},
+    joined,
     manifest::cover,
     states::{self, States},
 };
@@ -22,7 +23,10 @@ use crate::{
 };
 
 /// What this rank brings to a checkpoint.
-pub(super) struct Contents<'a>(Vec<(&'a str, Content<'a>)>);
+pub(super) struct Contents<'a> {
+    filters: &'a Filters<'a>,
+    entries: Vec<(&'a str, Content<'a>)>,
+}
 
 enum Content<'a> {
     Model(Box<Holding>),
@@ -69,20 +73,26 @@ impl<'a> Contents<'a> {
             };
             Ok((name.as_str(), content))
         };
-        let contents: Result<Vec<_>> = state.0.iter().map(content).collect();
-        contents.map(Self)
+        let entries = state.entries.iter().map(content).collect::<Result<_>>()?;
+        Ok(Self {
+            filters: &state.filters,
+            entries,
+        })
     }
 
     pub(super) fn told(&self) -> Told {
-        let names = self.0.iter().map(|(name, content)| match content {
+        let names = self.entries.iter().map(|(name, content)| match content {
             Content::Model(_) => format!("the model '{name}'"),
             Content::Optimizer(_) => format!("the optimizer '{name}'"),
             Content::Value => format!("the value '{name}'"),
         });
-        let optimizers = self.0.iter().filter_map(|(_, content)| match content {
-            Content::Optimizer(states) => Some(states.told()),
-            _ => None,
-        });
+        let optimizers = self
+            .entries
+            .iter()
+            .filter_map(|(_, content)| match content {
+                Content::Optimizer(states) => Some(states.told()),
+                _ => None,
+            });
         Told {
             names: names.collect(),
             optimizers: optimizers.collect(),
@@ -96,7 +106,7 @@ impl<'a> Contents<'a> {
         range: Range<usize>,
         into: SpanMut<'_>,
     ) -> Result<()> {
-        match (&self.0[tensor.entry].1, &tensor.item) {
+        match (&self.entries[tensor.entry].1, &tensor.item) {
             (Content::Model(holding), Item::Param(param)) => Ok(holding.read(*param, range, into)?),
             (Content::Optimizer(states), Item::Vector(name)) => states.read(name, range, into),
             _ => unreachable!("a catalog is read with the contents that it was made of"),
@@ -107,12 +117,14 @@ impl<'a> Contents<'a> {
     pub(super) fn catalog(&self, all: &[Told]) -> Result<Catalog> {
         same_names(all)?;
         let (mut tensors, mut steps, mut optimizers) = (Vec::new(), Vec::new(), 0);
-        for (entry, (prefix, content)) in self.0.iter().enumerate() {
+        for (entry, (prefix, content)) in self.entries.iter().enumerate() {
+            let keeps = |own: &str| self.filters.keeps(prefix, own);
             match content {
                 Content::Model(holding) => {
                     let params = holding.params().iter().enumerate();
+                    let params = params.filter(|(_, param)| keeps(&param.name));
                     tensors.extend(params.map(|(index, param)| Tensor {
-                        name: format!("{prefix}.{}", param.name),
+                        name: joined(prefix, &param.name),
                         dtype: holding.dtype(ParamId(index)),
                         shape: param.shape.clone(),
                         pieces: holding.holders(ParamId(index)),
@@ -124,10 +136,15 @@ impl<'a> Contents<'a> {
                     let number = optimizers;
                     optimizers += 1;
                     let told = all.iter().map(|told| &told.optimizers[number]);
-                    let (taken, wholes) = states.gather(told)?;
+                    let (taken, mut wholes) = states.gather(told)?;
+                    let had = wholes.len();
+                    wholes.retain(|name, _| keeps(name));
+                    if had > 0 && wholes.is_empty() {
+                        continue; // nothing of it is meant, its count neither
+                    }
                     steps.push((prefix.to_string(), taken));
                     tensors.extend(wholes.into_iter().map(|(name, whole)| Tensor {
-                        name: format!("{prefix}.{name}"),
+                        name: joined(prefix, &name),
                         dtype: whole.dtype,
                         shape: vec![whole.numel],
                         pieces: whole.held,

@@ -8,6 +8,7 @@ use super::{
     Entry, State,
     dtype::{holds_exactly, tensor_dtype},
     holding::Holding,
+    joined,
     states::own_state,
     stored::{Stored, absent},
 };
@@ -20,16 +21,44 @@ use crate::{
 
 /// What was found for an entry of a state.
 enum Fitted {
-    Model(Box<Holding>),
+    /// The parameters to load.
+    Model(Box<Holding>, Vec<ParamId>),
     Optimizer(OptimizerState),
     Value,
+    /// It is not there, and need not be.
+    Nothing,
 }
 
 impl Fabric {
     pub(super) fn read(&self, path: &Path, state: State<'_>) -> Result<HashMap<String, Value>> {
-        let found = Stored::open(path).and_then(|stored| Ok((fit(&stored, &state)?, stored)));
+        self.read_from(path, Stored::open(path), state)
+    }
+
+    /// A file of tensors alone. Returns the names that no parameter has.
+    pub(super) fn read_raw(&self, path: &Path, state: State<'_>) -> Result<Vec<String>> {
+        let stored = Stored::open_raw(path);
+        let left = match (&stored, &state.entries[..]) {
+            (Ok(stored), [(_, Entry::Model(core))]) => {
+                let params = core.model.params();
+                let names = stored.below("").map(|(name, _)| name.to_string());
+                names
+                    .filter(|name| !params.iter().any(|param| param.name == *name))
+                    .collect()
+            }
+            _ => Vec::new(),
+        };
+        self.read_from(path, stored, state).map(|_| left)
+    }
+
+    fn read_from(
+        &self,
+        path: &Path,
+        stored: Result<Stored>,
+        state: State<'_>,
+    ) -> Result<HashMap<String, Value>> {
+        let found = stored.and_then(|stored| Ok((fit(&stored, &state)?, stored)));
         let (fitted, mut stored) = self.agree_on("load", path, 0, found)?;
-        let cores = state.0.iter().filter_map(|(_, entry)| match entry {
+        let cores = state.entries.iter().filter_map(|(_, entry)| match entry {
             Entry::Model(core) => Some(core.clone()),
             _ => None,
         });
@@ -50,12 +79,18 @@ impl Fabric {
 fn fit(stored: &Stored, state: &State<'_>) -> Result<Vec<Fitted>> {
     state.check_names()?;
     let fit = |(name, entry): &(String, Entry<'_>)| {
+        if !matches!(entry, Entry::Model(_))
+            && state.is_lenient
+            && !stored.values.contains_key(name)
+        {
+            return Ok(Fitted::Nothing);
+        }
         let value = || stored.values.get(name).ok_or_else(|| absent(name));
         match entry {
             Entry::Model(core) => {
                 let holding = Box::new(Holding::of(core));
-                fit_model(stored, name, &holding)?;
-                Ok(Fitted::Model(holding))
+                let params = fit_model(stored, state, name, &holding)?;
+                Ok(Fitted::Model(holding, params))
             }
             Entry::Optimizer(optimizer) => {
                 let steps = value()?.as_u64().ok_or_else(|| {
@@ -64,7 +99,8 @@ fn fit(stored: &Stored, state: &State<'_>) -> Result<Vec<Fitted>> {
                         "Load it as what it was saved as",
                     )
                 })?;
-                let state = own_state(stored, name, steps, optimizer.core())?;
+                let keeps = |own: &str| state.filters.keeps(name, own);
+                let state = own_state(stored, name, steps, optimizer.core(), &keeps)?;
                 optimizer.check(&state)?;
                 Ok(Fitted::Optimizer(state))
             }
@@ -74,14 +110,27 @@ fn fit(stored: &Stored, state: &State<'_>) -> Result<Vec<Fitted>> {
             }
         }
     };
-    state.0.iter().map(fit).collect()
+    state.entries.iter().map(fit).collect()
 }
 
-/// Whether this rank finds its elements of every parameter, in a type whose values are all values of the parameter's.
-fn fit_model(stored: &Stored, name: &str, holding: &Holding) -> Result<()> {
+/// Whether this rank finds its elements of every parameter that is meant, in a type whose values are all values of the
+/// parameter's. Those parameters.
+fn fit_model(
+    stored: &Stored,
+    state: &State<'_>,
+    name: &str,
+    holding: &Holding,
+) -> Result<Vec<ParamId>> {
+    let mut meant = Vec::new();
     for (index, param) in holding.params().iter().enumerate() {
-        let key = format!("{name}.{}", param.name);
-        let (dtype, saved) = (holding.dtype(ParamId(index)), stored.tensor(&key)?);
+        let key = joined(name, &param.name);
+        let absent = || state.is_lenient && stored.tensor(&key).is_err();
+        if !state.filters.keeps(name, &param.name) || absent() {
+            continue;
+        }
+        let id = ParamId(index);
+        meant.push(id);
+        let (dtype, saved) = (holding.dtype(id), stored.tensor(&key)?);
         let misfit = |hint: &str| {
             let (own, shape) = (tensor_dtype(dtype), &param.shape);
             let what = format!(
@@ -99,9 +148,9 @@ fn fit_model(stored: &Stored, name: &str, holding: &Holding) -> Result<()> {
                  (precision \"bf16-mixed\", or plan::Options::main_dtype): no value is rounded on the way in",
             ));
         }
-        stored.look(&key, holding.own(ParamId(index)))?;
+        stored.look(&key, holding.own(id))?;
     }
-    Ok(())
+    Ok(meant)
 }
 
 /// Change everything in `state`; returns the values that are left.
@@ -111,10 +160,13 @@ fn apply(
     fitted: Vec<Fitted>,
 ) -> Result<HashMap<String, Value>> {
     let mut values = std::mem::take(&mut stored.values);
-    for ((name, entry), fitted) in state.0.into_iter().zip(fitted) {
+    for ((name, entry), fitted) in state.entries.into_iter().zip(fitted) {
         let value = values.remove(&name);
         match (entry, fitted, value) {
-            (Entry::Model(_), Fitted::Model(holding), _) => load_model(stored, &name, &holding)?,
+            (_, Fitted::Nothing, _) => {}
+            (Entry::Model(_), Fitted::Model(holding, params), _) => {
+                load_model(stored, &name, &holding, &params)?;
+            }
             (Entry::Optimizer(optimizer), Fitted::Optimizer(state), _) => optimizer.load(state)?,
             (Entry::Value(target), _, Some(json)) => target.set_json(&name, &json)?,
             _ => unreachable!("fit() has seen the same entries and values"),
@@ -123,12 +175,11 @@ fn apply(
     Ok(values)
 }
 
-fn load_model(stored: &Stored, name: &str, holding: &Holding) -> Result<()> {
-    for (index, param) in holding.params().iter().enumerate() {
-        let id = ParamId(index);
-        let key = format!("{name}.{}", param.name);
-        stored.read(&key, holding.own(id), &mut |range, span| {
-            Ok(holding.write(id, range, span)?)
+fn load_model(stored: &Stored, name: &str, holding: &Holding, params: &[ParamId]) -> Result<()> {
+    for id in params {
+        let key = joined(name, &holding.params()[id.0].name);
+        stored.read(&key, holding.own(*id), &mut |range, span| {
+            Ok(holding.write(*id, range, span)?)
         })?;
     }
     Ok(())

@@ -96,7 +96,24 @@ impl std::fmt::Display for StateDictType {
 /// # Ok(()) }
 /// ```
 #[derive(Default)]
-pub struct State<'a>(Vec<(String, Entry<'a>)>);
+pub struct State<'a> {
+    entries: Vec<(String, Entry<'a>)>,
+    filters: Filters<'a>,
+    is_lenient: bool,
+}
+
+/// Whether a tensor, by its name in its entry, is saved or loaded; by the entry's name.
+#[derive(Default)]
+struct Filters<'a>(HashMap<String, Keep<'a>>);
+
+type Keep<'a> = Box<dyn Fn(&str) -> bool + 'a>;
+
+impl Filters<'_> {
+    /// Whether the tensor `own` of the entry `name` is meant.
+    fn keeps(&self, name: &str, own: &str) -> bool {
+        self.0.get(name).is_none_or(|keep| keep(own))
+    }
+}
 
 enum Entry<'a> {
     Model(Arc<Core>),
@@ -112,8 +129,8 @@ impl<'a> State<'a> {
 
     /// Add a model: its parameters are called `name.parameter`.
     pub fn model<M: Model>(mut self, name: &str, module: &'a FabricModule<M>) -> Self {
-        self.0
-            .push((name.into(), Entry::Model(module.core.clone())));
+        let entry = Entry::Model(module.core.clone());
+        self.entries.push((name.into(), entry));
         self
     }
 
@@ -123,20 +140,46 @@ impl<'a> State<'a> {
         name: &str,
         optimizer: &'a mut FabricOptimizer<O>,
     ) -> Self {
-        self.0.push((name.into(), Entry::Optimizer(optimizer)));
+        let entry = Entry::Optimizer(optimizer);
+        self.entries.push((name.into(), entry));
         self
     }
 
     /// Add a value; loading writes it back.
     pub fn value<T: Serialize + DeserializeOwned>(mut self, name: &str, value: &'a mut T) -> Self {
-        self.0.push((name.into(), Entry::Value(value)));
+        self.entries.push((name.into(), Entry::Value(value)));
         self
     }
 
-    /// Everything needs a name of its own, and whatever has tensors one that begins no other's.
+    /// Save, or load, only those tensors of the model or optimizer called `name` whose own name passes `keep`:
+    /// `|param| param.starts_with("adapter.")`. All ranks give the same.
+    pub fn filter(mut self, name: &str, keep: impl Fn(&str) -> bool + 'a) -> Self {
+        self.filters.0.insert(name.into(), Box::new(keep));
+        self
+    }
+
+    /// Whether everything must be in a checkpoint that is loaded, as it must unless told. What is not there, of the entries
+    /// and of a model's parameters, stays as it is.
+    pub fn strict(mut self, strict: bool) -> Self {
+        self.is_lenient = !strict;
+        self
+    }
+
+    /// Everything needs a name of its own, and whatever has tensors one that begins no other's; a filter needs tensors.
     fn check_names(&self) -> Result<()> {
-        for (index, (name, entry)) in self.0.iter().enumerate() {
-            for (other, twin) in &self.0[index + 1..] {
+        for name in self.filters.0.keys() {
+            let mut entries = self.entries.iter();
+            if !entries.any(|(known, entry)| known == name && entry.has_tensors()) {
+                return Err(Error::argument(
+                    format!(
+                        "a filter for '{name}', which is no model and no optimizer of this state"
+                    ),
+                    "Give filter the name under which the model or optimizer was added",
+                ));
+            }
+        }
+        for (index, (name, entry)) in self.entries.iter().enumerate() {
+            for (other, twin) in &self.entries[index + 1..] {
                 let what = if name == other {
                     format!("two things in a checkpoint are called '{name}'")
                 } else if entry.has_tensors() && twin.has_tensors() && is_inside(name, other) {
@@ -156,6 +199,14 @@ impl<'a> State<'a> {
 impl Entry<'_> {
     fn has_tensors(&self) -> bool {
         !matches!(self, Self::Value(_))
+    }
+}
+
+/// The name of a tensor of the entry `name`; a nameless entry adds nothing to it.
+fn joined(name: &str, own: &str) -> String {
+    match name {
+        "" => own.into(),
+        _ => format!("{name}.{own}"),
     }
 }
 
@@ -192,6 +243,22 @@ impl Fabric {
     pub fn load(&self, path: impl AsRef<Path>, state: State<'_>) -> Result<HashMap<String, Value>> {
         self.comm()?;
         self.read(path.as_ref(), state)
+    }
+
+    /// Load a model from a safetensors file that knows nothing of Fabric, such as a published one: its tensors are called like
+    /// the parameters. All ranks call this; each reads what it needs. With `strict` false, parameters that are not in the file
+    /// stay as they are. Returns the names in the file that the model does not have.
+    ///
+    /// # Errors
+    /// As [`Fabric::load`].
+    pub fn load_raw<M: Model>(
+        &self,
+        path: impl AsRef<Path>,
+        module: &FabricModule<M>,
+        strict: bool,
+    ) -> Result<Vec<String>> {
+        self.comm()?;
+        self.read_raw(path.as_ref(), State::new().model("", module).strict(strict))
     }
 
     /// `own`, when every rank has one and the same number; otherwise the own error, or the first rank's that failed.

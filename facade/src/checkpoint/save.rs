@@ -112,7 +112,7 @@ impl Fabric {
             return Ok((contents, None));
         }
         let mut values = Values::new();
-        for (name, entry) in &state.0 {
+        for (name, entry) in &state.entries {
             if let Entry::Value(value) = entry {
                 values.insert(name.clone(), value.to_json(name)?);
             }

@@ -229,10 +229,11 @@ pub(super) fn own_state(
     name: &str,
     steps: u64,
     core: &Core,
+    keeps: &dyn Fn(&str) -> bool,
 ) -> Result<OptimizerState> {
     let mut tensors = Vec::new();
     let Some(shards) = &core.shards else {
-        for (key, vector) in stored.below(name) {
+        for (key, vector) in stored.below(name).filter(|(_, vector)| keeps(vector)) {
             let slab = stored.slab(key, 0..stored.numel(key)?)?;
             tensors.push((vector.to_string(), slab));
         }
@@ -247,7 +248,7 @@ pub(super) fn own_state(
         let known = pieces.get_mut(whole.as_str());
         known.expect("a piece of a parameter").1.push(index);
     }
-    for (key, vector) in stored.below(name) {
+    for (key, vector) in stored.below(name).filter(|(_, vector)| keeps(vector)) {
         let owner = vector.split_once('.');
         let owner = owner.and_then(|(kind, param)| Some((kind, pieces.get(param)?)));
         let (kind, (due, own)) = owner.ok_or_else(|| unknown(vector))?;

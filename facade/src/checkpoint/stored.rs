@@ -20,6 +20,7 @@ use super::{
     CHUNK_BYTES, VALUES,
     dtype::own_dtype,
     file::Header,
+    joined,
     manifest::{self, Manifest, Piece, Tensor},
 };
 use crate::error::{Error, Result};
@@ -52,8 +53,19 @@ impl Stored {
         };
         match fs::metadata(path).map_err(unreadable)?.is_dir() {
             true => Self::folder(path),
-            false => Self::file(path, &fs::File::open(path).map_err(unreadable)?),
+            false => Self::file(path, &fs::File::open(path).map_err(unreadable)?, true),
         }
+    }
+
+    /// Look into a safetensors file that holds tensors and need not hold anything else.
+    pub(super) fn open_raw(path: &Path) -> Result<Self> {
+        let file = fs::File::open(path).map_err(|error| {
+            Error::argument(
+                format!("cannot read {}: {error}", path.display()),
+                "Give the path of a safetensors file; fabric.load reads checkpoints, folders too",
+            )
+        })?;
+        Self::file(path, &file, false)
     }
 
     fn folder(path: &Path) -> Result<Self> {
@@ -80,19 +92,26 @@ impl Stored {
         })
     }
 
-    fn file(path: &Path, file: &fs::File) -> Result<Self> {
+    /// `has_values`: it must, because fabric.save wrote it.
+    fn file(path: &Path, file: &fs::File, has_values: bool) -> Result<Self> {
         let broken = |what: String| {
-            Error::argument(
-                format!(
-                    "{} is no checkpoint of this library: {what}",
-                    path.display()
+            let (kind, hint) = match has_values {
+                true => (
+                    "no checkpoint of this library",
+                    "Give the path that was given to fabric.save",
                 ),
-                "Give the path that was given to fabric.save",
-            )
+                false => ("no safetensors file", "Give the path of one, whole"),
+            };
+            Error::argument(format!("{} is {kind}: {what}", path.display()), hint)
         };
         let header = Header::read(file).map_err(broken)?;
         let values = header.note(VALUES);
-        let values = values.ok_or_else(|| broken("its metadata has no values".into()))?;
+        let values = match values {
+            None if has_values => Err(broken(
+                "its metadata has no values; a bare file of tensors is load_raw's".into(),
+            )),
+            values => Ok(values.unwrap_or("{}")),
+        }?;
         let values = serde_json::from_str(values).map_err(|error| broken(error.to_string()))?;
         let tensor = |(key, info): (String, &safetensors::tensor::TensorInfo)| {
             let numel = info.shape.iter().product();
@@ -118,9 +137,9 @@ impl Stored {
         self.tensors.get(name).ok_or_else(|| absent(name))
     }
 
-    /// The tensors under `name.`: their names, whole and without it.
+    /// The tensors under `name.`: their names, whole and without it; all of them where there is no name.
     pub(super) fn below<'a>(&'a self, name: &str) -> impl Iterator<Item = (&'a str, &'a str)> {
-        let prefix = format!("{name}.");
+        let prefix = joined(name, "");
         let from = self.tensors.range(prefix.clone()..);
         from.map_while(move |(key, _)| Some((key.as_str(), key.strip_prefix(&prefix)?)))
     }
