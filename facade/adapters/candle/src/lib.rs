@@ -55,8 +55,10 @@ mod optim;
 mod pool;
 mod shelf;
 mod storage;
+mod tensors;
 mod unit;
 
 pub use model::{CandleModel, Loss, UNUSED_HINT, build, build_deferred};
 pub use optim::CandleOptimizer;
+pub use tensors::CandleFabric;
 pub use unit::Unit;

@@ -11,6 +11,8 @@ mod gradients;
 mod model;
 #[path = "candle/puppet.rs"]
 mod puppet;
+#[path = "candle/tensors.rs"]
+mod tensors;
 #[path = "candle/training.rs"]
 mod training;
 #[path = "candle/units.rs"]

@@ -1,0 +1,271 @@
+//! Fabric's verbs on candle's tensors: building models in the precision's types, casting, and collectives, through which
+//! gradients can flow.
+
+use std::sync::Mutex;
+
+use candle_core::{
+    CpuStorage, CustomOp1, DType, Device, Layout, Result as CandleResult, Shape, Tensor,
+};
+use candle_nn::VarBuilder;
+use fabric::{
+    Error, Fabric, ReduceOp, Result, bail,
+    engine::{buffer::Slab, kernels::Dtype},
+};
+
+use crate::{
+    CandleModel, away, build, build_deferred,
+    storage::{copy, dtype_of, lend, open},
+};
+
+/// What a [`Fabric`] can do with candle's tensors.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use fabric::{Fabric, ReduceOp};
+/// use fabric_candle::CandleFabric;
+///
+/// let fabric = Fabric::builder().devices(2).build()?;
+/// fabric.launch_threads(|fabric| {
+///     let mine = Tensor::new(&[fabric.global_rank() as f32, 5.0], &Device::Cpu)?;
+///     let all = fabric.all_gather_tensor(&mine, false)?;
+///     assert_eq!(all.to_vec2::<f32>()?, [[0.0, 5.0], [1.0, 5.0]]);
+///     let mean = fabric.all_reduce_tensor(&mine, ReduceOp::Avg)?;
+///     assert_eq!(mean.to_vec1::<f32>()?, [0.5, 5.0]);
+///     Ok(())
+/// })?;
+/// # Ok::<(), fabric::Error>(())
+/// ```
+pub trait CandleFabric {
+    /// The device of this rank's tensors.
+    fn tensor_device(&self) -> Device;
+
+    /// The type that the precision computes in.
+    fn compute_dtype(&self) -> DType;
+
+    /// Build a model on this rank's device, in the type that the precision computes in: [`build`].
+    ///
+    /// # Errors
+    /// `module`'s.
+    fn init_module<M>(
+        &self,
+        module: impl FnOnce(VarBuilder<'_>) -> CandleResult<M>,
+    ) -> Result<CandleModel<M>>;
+
+    /// The same without memory before `fabric.setup`, which gives each rank its part alone: [`build_deferred`].
+    ///
+    /// # Errors
+    /// `module`'s.
+    fn init_module_empty<M>(
+        &self,
+        module: impl FnOnce(VarBuilder<'_>) -> CandleResult<M>,
+    ) -> Result<CandleModel<M>>;
+
+    /// A tensor of zeros on this rank's device, in the type that the precision computes in.
+    ///
+    /// # Errors
+    /// Candle's.
+    fn init_tensor(&self, shape: impl Into<Shape>) -> Result<Tensor>;
+
+    /// A model's input: floats in the type that the precision computes in, anything else as it is.
+    ///
+    /// # Errors
+    /// Candle's.
+    fn cast_input(&self, input: &Tensor) -> Result<Tensor>;
+
+    /// A model's output: floats in the type that the precision returns (f32 where it is mixed), anything else as it is.
+    ///
+    /// # Errors
+    /// Candle's.
+    fn cast_output(&self, output: &Tensor) -> Result<Tensor>;
+
+    /// Run `forward` in the precision: its input is cast before, its output after.
+    ///
+    /// # Errors
+    /// `forward`'s.
+    fn autocast(
+        &self,
+        input: &Tensor,
+        forward: impl FnOnce(&Tensor) -> CandleResult<Tensor>,
+    ) -> Result<Tensor>;
+
+    /// Every rank's tensor, of one shape, with a first dimension more: the rank. With `sync_grads`, gradients flow back: that
+    /// of a rank's tensor is the sum of all ranks' gradients of it, so that every rank must run the backward.
+    ///
+    /// # Errors
+    /// As [`Fabric::all_gather`].
+    fn all_gather_tensor(&self, tensor: &Tensor, sync_grads: bool) -> Result<Tensor>;
+
+    /// Every rank's tensor, one behind the other in their first dimension, whose size may differ.
+    ///
+    /// # Errors
+    /// As [`Fabric::all_gather`].
+    fn all_gather_uneven_tensor(&self, tensor: &Tensor) -> Result<Tensor>;
+
+    /// The fold of all ranks' tensors.
+    ///
+    /// # Errors
+    /// As [`Fabric::all_reduce`].
+    fn all_reduce_tensor(&self, tensor: &Tensor, op: ReduceOp) -> Result<Tensor>;
+
+    /// Rank `src`'s tensor, on every rank; the others give one of its shape and type.
+    ///
+    /// # Errors
+    /// As [`Fabric::broadcast_buffer`].
+    fn broadcast_tensor(&self, tensor: &Tensor, src: usize) -> Result<Tensor>;
+}
+
+impl CandleFabric for Fabric {
+    fn tensor_device(&self) -> Device {
+        Device::Cpu
+    }
+
+    fn compute_dtype(&self) -> DType {
+        candle_dtype(self.precision().policy().param)
+    }
+
+    fn init_module<M>(
+        &self,
+        module: impl FnOnce(VarBuilder<'_>) -> CandleResult<M>,
+    ) -> Result<CandleModel<M>> {
+        Ok(build(&self.tensor_device(), self.compute_dtype(), module)?)
+    }
+
+    fn init_module_empty<M>(
+        &self,
+        module: impl FnOnce(VarBuilder<'_>) -> CandleResult<M>,
+    ) -> Result<CandleModel<M>> {
+        let (device, dtype) = (self.tensor_device(), self.compute_dtype());
+        Ok(build_deferred(&device, dtype, module)?)
+    }
+
+    fn init_tensor(&self, shape: impl Into<Shape>) -> Result<Tensor> {
+        let (device, dtype) = (self.tensor_device(), self.compute_dtype());
+        Ok(Tensor::zeros(shape, dtype, &device)?)
+    }
+
+    fn cast_input(&self, input: &Tensor) -> Result<Tensor> {
+        cast(input, self.compute_dtype())
+    }
+
+    fn cast_output(&self, output: &Tensor) -> Result<Tensor> {
+        cast(output, candle_dtype(self.precision().policy().output))
+    }
+
+    fn autocast(
+        &self,
+        input: &Tensor,
+        forward: impl FnOnce(&Tensor) -> CandleResult<Tensor>,
+    ) -> Result<Tensor> {
+        self.cast_output(&forward(&self.cast_input(input)?)?)
+    }
+
+    fn all_gather_tensor(&self, tensor: &Tensor, sync_grads: bool) -> Result<Tensor> {
+        let own = tensor.contiguous()?;
+        let all = self.all_gather(&lend(&own)?)?;
+        let shape = [&[self.world_size()], own.dims()].concat();
+        let all = tensor_of(&all, &shape)?;
+        if !sync_grads {
+            return Ok(all);
+        }
+        let gathered = Gathered {
+            all: Mutex::new(Some((copy(&all)?, shape))),
+            fabric: self.clone(),
+        };
+        Ok(own.apply_op1(gathered)?)
+    }
+
+    fn all_gather_uneven_tensor(&self, tensor: &Tensor) -> Result<Tensor> {
+        let own = tensor.contiguous()?;
+        let Some((_, row)) = own.dims().split_first() else {
+            bail!("a tensor without dimensions has no first one: use all_gather_tensor");
+        };
+        let (all, _) = self.all_gather_uneven(&lend(&own)?)?;
+        let row_numel: usize = row.iter().product();
+        let rows = all.numel().checked_div(row_numel).unwrap_or(0);
+        tensor_of(&all, &[&[rows], row].concat())
+    }
+
+    fn all_reduce_tensor(&self, tensor: &Tensor, op: ReduceOp) -> Result<Tensor> {
+        let own = tensor.detach().force_contiguous()?;
+        let mut result = Ok(());
+        open(&own, &mut |buffer| {
+            result = self.all_reduce(buffer, op);
+            Ok(())
+        })?;
+        result.map(|()| own)
+    }
+
+    fn broadcast_tensor(&self, tensor: &Tensor, src: usize) -> Result<Tensor> {
+        let own = tensor.detach().force_contiguous()?;
+        let mut result = Ok(());
+        open(&own, &mut |buffer| {
+            result = self.broadcast_buffer(buffer, src);
+            Ok(())
+        })?;
+        result.map(|()| own)
+    }
+}
+
+/// The operation whose result is every rank's argument, and whose backward brings every rank's gradient of this one.
+struct Gathered {
+    all: Mutex<Option<(CpuStorage, Vec<usize>)>>,
+    fabric: Fabric,
+}
+
+impl CustomOp1 for Gathered {
+    fn name(&self) -> &'static str {
+        "fabric-all-gather"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> CandleResult<(CpuStorage, Shape)> {
+        let mut all = self.all.lock().unwrap_or_else(|held| held.into_inner());
+        match all.take() {
+            Some((storage, shape)) => Ok((storage, shape.into())),
+            None => candle_core::bail!("a gather was applied twice"),
+        }
+    }
+
+    fn bwd(&self, arg: &Tensor, _: &Tensor, grad: &Tensor) -> CandleResult<Option<Tensor>> {
+        let grad = grad.contiguous()?;
+        let own = self.fabric.reduce_scatter(&lend(&grad)?, ReduceOp::Sum);
+        let own = own.and_then(|own| tensor_of(&own, arg.dims()));
+        own.map(Some)
+            .map_err(|error| away::wrapped(error.to_string()))
+    }
+}
+
+fn cast(tensor: &Tensor, dtype: DType) -> Result<Tensor> {
+    Ok(match tensor.dtype().is_float() {
+        true => tensor.to_dtype(dtype)?,
+        false => tensor.clone(),
+    })
+}
+
+/// Candle's name of a type.
+fn candle_dtype(dtype: Dtype) -> DType {
+    let all = [DType::F64, DType::F32, DType::F16, DType::BF16];
+    let found = all
+        .into_iter()
+        .find(|known| dtype_of(*known).is_ok_and(|known| known == dtype));
+    found.unwrap_or(DType::F32) // precisions have these four alone
+}
+
+/// A tensor of a slab's values.
+fn tensor_of(slab: &Slab, shape: &[usize]) -> Result<Tensor> {
+    let device = &Device::Cpu;
+    Ok(match slab.dtype() {
+        Dtype::F64 => Tensor::from_slice(slab.as_slice::<f64>(), shape, device)?,
+        Dtype::F32 => Tensor::from_slice(slab.as_slice::<f32>(), shape, device)?,
+        Dtype::F16 => Tensor::from_slice(slab.as_slice::<half::f16>(), shape, device)?,
+        Dtype::BF16 => Tensor::from_slice(slab.as_slice::<half::bf16>(), shape, device)?,
+        Dtype::U8 => Tensor::from_slice(slab.as_slice::<u8>(), shape, device)?,
+        Dtype::U32 => Tensor::from_slice(slab.as_slice::<u32>(), shape, device)?,
+        Dtype::I64 => Tensor::from_slice(slab.as_slice::<i64>(), shape, device)?,
+        other => {
+            return Err(Error::argument(
+                format!("candle has no tensors of {other}"),
+                "Gather floats, u8, u32 or i64",
+            ));
+        }
+    })
+}
