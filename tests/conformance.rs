@@ -4,4 +4,5 @@
 
 mod checkpoints;
 mod collectives;
+mod data;
 mod training;

@@ -5,15 +5,13 @@ use std::{
     sync::Arc,
 };
 
-use super::{Dataset, loader::Collate, workers::Workers};
+use super::{Dataset, epoch::Epoch, loader::Collate, position::Position, workers::Workers};
 use crate::{Error, Result, launch::panic_text};
 
 /// What one epoch consists of.
 pub(super) struct Recipe<D: Dataset, B> {
     pub(super) dataset: Arc<D>,
-    pub(super) order: Vec<usize>,
-    pub(super) batch_size: usize,
-    pub(super) count: usize, // batches
+    pub(super) epoch: Epoch,
     pub(super) collate: Collate<D::Item, B>,
 }
 
@@ -21,9 +19,7 @@ impl<D: Dataset, B> Recipe<D, B> {
     /// Make batch `number`. A panic of the dataset or of `collate` becomes an error, so that it is the same for the
     /// caller whoever reads.
     pub(super) fn batch(&self, number: usize) -> Result<B> {
-        let first = number * self.batch_size;
-        let last = (first + self.batch_size).min(self.order.len());
-        let indices = &self.order[first..last];
+        let indices = self.epoch.batch(number);
         let sample = |&index: &usize| {
             calm(|| self.dataset.get(index)).map_err(|why| {
                 Error::new(format!(
@@ -45,6 +41,7 @@ pub struct Batches<D: Dataset, B> {
     recipe: Arc<Recipe<D, B>>,
     source: Source<B>,
     next: usize,
+    position: Position,
 }
 
 enum Source<B> {
@@ -55,13 +52,18 @@ enum Source<B> {
 }
 
 impl<D: Dataset + 'static, B: Send + 'static> Batches<D, B> {
-    pub(super) fn new(recipe: Recipe<D, B>, workers: usize, prefetch: usize) -> Self {
+    pub(super) fn new(
+        recipe: Recipe<D, B>,
+        workers: usize,
+        prefetch: usize,
+        position: Position,
+    ) -> Self {
         let recipe = Arc::new(recipe);
-        let workers = workers.min(recipe.count);
+        let workers = workers.min(recipe.epoch.count);
         let source = if workers == 0 {
             Source::Here
         } else {
-            let (count, recipe) = (recipe.count, recipe.clone());
+            let (count, recipe) = (recipe.epoch.count, recipe.clone());
             match Workers::start(workers, prefetch, count, move |n| recipe.batch(n)) {
                 Ok(workers) => Source::Workers(workers),
                 Err(error) => Source::Refused(Some(error)),
@@ -71,6 +73,7 @@ impl<D: Dataset + 'static, B: Send + 'static> Batches<D, B> {
             recipe,
             source,
             next: 0,
+            position,
         }
     }
 }
@@ -79,7 +82,11 @@ impl<D: Dataset, B> Iterator for Batches<D, B> {
     type Item = Result<B>;
 
     fn next(&mut self) -> Option<Result<B>> {
-        if self.next == self.recipe.count {
+        let epoch = &self.recipe.epoch;
+        if self.next == epoch.count {
+            if !matches!(self.source, Source::Ended) {
+                self.position.end();
+            }
             self.source = Source::Ended;
             return None;
         }
@@ -90,8 +97,9 @@ impl<D: Dataset, B> Iterator for Batches<D, B> {
             Source::Ended => return None,
         };
         self.next += 1;
-        if batch.is_err() {
-            self.source = Source::Ended;
+        match batch {
+            Ok(_) => (self.position).advance(epoch.after(self.next), epoch.real(self.next - 1)),
+            Err(_) => self.source = Source::Ended,
         }
         Some(batch)
     }
@@ -99,13 +107,13 @@ impl<D: Dataset, B> Iterator for Batches<D, B> {
     fn size_hint(&self) -> (usize, Option<usize>) {
         match self.source {
             Source::Ended => (0, Some(0)),
-            _ => (0, Some(self.recipe.count - self.next)), // fewer, after an error
+            _ => (0, Some(self.recipe.epoch.count - self.next)), // fewer, after an error
         }
     }
 }
 
 /// Run `body`; its panic is an error with the panic's text.
-fn calm<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
+pub(super) fn calm<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
     catch_unwind(AssertUnwindSafe(body))
         .unwrap_or_else(|panic| Err(Error::new(format!("panicked: {}", panic_text(&*panic)))))
 }

@@ -72,3 +72,75 @@ impl<D: Dataset + ?Sized> Dataset for Arc<D> {
         (**self).get(index)
     }
 }
+
+/// Some samples of a dataset, for splits and folds.
+///
+/// ```
+/// use fabric::data::{Dataset, Subset};
+///
+/// let even = Subset::new(vec!['a', 'b', 'c', 'd'], vec![2, 0])?;
+/// assert_eq!((even.len(), even.get(0)?), (2, 'c'));
+///
+/// // Five folds of 11 samples: every sample is in one of the parts that are left out.
+/// let folds = Subset::folds(11, 5);
+/// assert_eq!(folds[0], ((3..11).collect(), (0..3).collect()));
+/// # Ok::<(), fabric::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Subset<D> {
+    dataset: D,
+    samples: Vec<usize>,
+}
+
+impl<D: Dataset> Subset<D> {
+    /// `samples` of `dataset`, in this order.
+    ///
+    /// # Errors
+    /// When one of them is not there.
+    pub fn new(dataset: D, samples: Vec<usize>) -> Result<Self> {
+        let count = dataset.len();
+        match samples.iter().find(|sample| **sample >= count) {
+            None => Ok(Self { dataset, samples }),
+            Some(sample) => Err(Error::argument(
+                format!("sample {sample} of {count}"),
+                "Samples are numbered from 0",
+            )),
+        }
+    }
+}
+
+impl Subset<()> {
+    /// `count` samples in `folds` parts, one behind the other and as equal as can be: for each the samples to train on, and those
+    /// that are left out.
+    ///
+    /// # Panics
+    /// When `folds` is 0.
+    pub fn folds(count: usize, folds: usize) -> Vec<(Vec<usize>, Vec<usize>)> {
+        assert!(folds > 0, "0 folds. Ask for at least one");
+        let border = |fold: usize| fold * (count / folds) + fold.min(count % folds);
+        let fold = |fold| {
+            let out = border(fold)..border(fold + 1);
+            let train = (0..count).filter(|sample| !out.contains(sample));
+            (train.collect(), out.clone().collect())
+        };
+        (0..folds).map(fold).collect()
+    }
+}
+
+impl<D: Dataset> Dataset for Subset<D> {
+    type Item = D::Item;
+
+    fn len(&self) -> usize {
+        self.samples.len()
+    }
+
+    fn get(&self, index: usize) -> Result<D::Item> {
+        let sample = self.samples.as_slice().get(index).ok_or_else(|| {
+            Error::argument(
+                format!("sample {index} of a subset of {}", self.samples.len()),
+                "Samples are numbered from 0",
+            )
+        })?;
+        self.dataset.get(*sample)
+    }
+}

@@ -1,9 +1,15 @@
 //! A loader: a dataset, in a sampler's order, in batches.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
-use super::{Batches, Dataset, Sampler, batches::Recipe};
-use crate::{Error, Result, seed};
+use super::{
+    BatchSampler, Batches, Dataset, Distribute, LoaderState, RandomSampler, Sampler,
+    SequentialSampler,
+    batches::Recipe,
+    epoch::{ALL, Batching, Epoch, Share},
+    position::Position,
+};
+use crate::{Result, seed};
 
 /// Makes one batch of samples.
 pub(super) type Collate<I, B> = Arc<dyn Fn(Vec<I>) -> Result<B> + Send + Sync>;
@@ -24,30 +30,19 @@ pub(super) type Collate<I, B> = Arc<dyn Fn(Vec<I>) -> Result<B> + Send + Sync>;
 /// ```
 ///
 /// Every [`DataLoader::iter`] is a new epoch: 0, 1, 2, ..., which changes the order when shuffled. A program that
-/// resumes, or counts epochs in its own way, calls [`DataLoader::set_epoch`] before each.
+/// counts epochs in its own way calls [`DataLoader::set_epoch`] before each; one that resumes, [`DataLoader::resume`].
 pub struct DataLoader<D: Dataset, B = Vec<<D as Dataset>::Item>> {
     dataset: Arc<D>,
-    batch_size: usize,
+    batching: Batching,
+    sampler: Option<Arc<dyn Sampler>>,
     shuffle: bool,
     seed: Option<u64>,
-    drop_last: bool,
     workers: usize,
     prefetch: usize,
     share: Option<Share>,
-    epoch: Mutex<Epoch>,
+    is_shared: bool, // or whole on every rank, whatever fabric.setup_dataloaders is told
+    position: Position,
     collate: Collate<D::Item, B>,
-}
-
-#[derive(Clone, Copy)]
-struct Share {
-    rank: usize,
-    world: usize,
-}
-
-#[derive(Clone, Copy)]
-enum Epoch {
-    Counted { next: u64 },
-    Set(u64),
 }
 
 impl<D: Dataset + 'static> DataLoader<D> {
@@ -55,14 +50,18 @@ impl<D: Dataset + 'static> DataLoader<D> {
     pub fn new(dataset: D) -> Self {
         Self {
             dataset: Arc::new(dataset),
-            batch_size: 1,
+            batching: Batching::Sized {
+                size: 1,
+                drop_last: false,
+            },
+            sampler: None,
             shuffle: false,
             seed: None,
-            drop_last: false,
             workers: 0,
             prefetch: 2,
             share: None,
-            epoch: Mutex::new(Epoch::Counted { next: 0 }),
+            is_shared: true,
+            position: Position::default(),
             collate: Arc::new(Ok),
         }
     }
@@ -73,9 +72,44 @@ impl<D: Dataset, B> DataLoader<D, B> {
     ///
     /// # Panics
     /// When 0.
-    pub fn batch_size(self, batch_size: usize) -> Self {
+    pub fn batch_size(mut self, batch_size: usize) -> Self {
         assert!(batch_size > 0, "a batch of 0 samples. Ask for at least one");
-        Self { batch_size, ..self }
+        let drop_last = matches!(
+            self.batching,
+            Batching::Sized {
+                drop_last: true,
+                ..
+            }
+        );
+        self.batching = Batching::Sized {
+            size: batch_size,
+            drop_last,
+        };
+        self
+    }
+
+    /// Leave out the last batch when it is not full. A batch sampler decides that itself.
+    pub fn drop_last(mut self, leave: bool) -> Self {
+        if let Batching::Sized { drop_last, .. } = &mut self.batching {
+            *drop_last = leave;
+        }
+        self
+    }
+
+    /// Let `sampler` make the batches, instead of a size. Several ranks are dealt whole batches.
+    ///
+    /// ```
+    /// use fabric::data::DataLoader;
+    ///
+    /// let pairs = |order: &[usize], _epoch: u64| order.chunks(2).map(<[usize]>::to_vec).collect::<Vec<_>>();
+    /// let loader = DataLoader::new(vec!['a', 'b', 'c']).batch_sampler(pairs);
+    /// let batches: Vec<_> = loader.iter().collect::<fabric::Result<_>>()?;
+    /// assert_eq!(batches, [vec!['a', 'b'], vec!['c']]);
+    /// # Ok::<(), fabric::Error>(())
+    /// ```
+    pub fn batch_sampler(mut self, sampler: impl BatchSampler + 'static) -> Self {
+        self.batching = Batching::Custom(Arc::new(sampler));
+        self
     }
 
     /// Whether every epoch has an order of its own.
@@ -83,16 +117,23 @@ impl<D: Dataset, B> DataLoader<D, B> {
         Self { shuffle, ..self }
     }
 
+    /// In the order of this sampler. With several ranks each has its share of it, unless it is distributed already.
+    pub fn sampler(mut self, sampler: impl Sampler + 'static) -> Self {
+        self.sampler = Some(Arc::new(sampler));
+        self
+    }
+
+    /// Whether `fabric.setup_dataloaders` shares the samples out among the ranks, as it does unless told. With false every
+    /// rank loads all of them.
+    pub fn use_distributed_sampler(self, is_shared: bool) -> Self {
+        Self { is_shared, ..self }
+    }
+
     /// The seed of the orders; without it the run's ([`seed::current`]), and without that 0. It must be the same on
     /// all ranks.
     pub fn seed(self, seed: u64) -> Self {
         let seed = Some(seed);
         Self { seed, ..self }
-    }
-
-    /// Leave out the last batch when it is not full.
-    pub fn drop_last(self, drop_last: bool) -> Self {
-        Self { drop_last, ..self }
     }
 
     /// Threads that read ahead; with 0 the caller's own thread reads.
@@ -115,46 +156,56 @@ impl<D: Dataset, B> DataLoader<D, B> {
     ) -> DataLoader<D, C> {
         DataLoader {
             dataset: self.dataset,
-            batch_size: self.batch_size,
+            batching: self.batching,
+            sampler: self.sampler,
             shuffle: self.shuffle,
             seed: self.seed,
-            drop_last: self.drop_last,
             workers: self.workers,
             prefetch: self.prefetch,
             share: self.share,
-            epoch: self.epoch,
+            is_shared: self.is_shared,
+            position: self.position,
             collate: Arc::new(collate),
         }
     }
 
-    /// Load only `rank`'s share of `world` shares. Shares are equally long on all ranks: the first samples of the epoch
-    /// are repeated where the last turn is not full, as in Lightning; `drop_last` still speaks of batches.
-    ///
-    /// # Errors
-    /// When the loader has been distributed before, or `rank` is not below `world`.
-    pub fn distribute(&mut self, rank: usize, world: usize) -> Result<()> {
-        if rank >= world {
-            return Err(Error::argument(
-                format!("a loader's share {rank} of {world}"),
-                "Ranks are numbered from 0 to world size - 1",
-            ));
-        }
-        if let Some(share) = self.share {
-            return Err(Error::argument(
-                format!(
-                    "this loader already loads the share of rank {} of {}",
-                    share.rank, share.world
-                ),
-                "Set up each loader once",
-            ));
-        }
-        self.share = Some(Share { rank, world });
-        Ok(())
-    }
-
     /// Use `epoch` for every [`DataLoader::iter`] from now on, until set again: the loader stops counting by itself.
     pub fn set_epoch(&self, epoch: u64) {
-        *self.epoch.lock().unwrap_or_else(PoisonError::into_inner) = Epoch::Set(epoch);
+        self.position.set_epoch(epoch);
+    }
+
+    /// How far this loader is: in the running epoch, or at the beginning of the next. The same on all ranks that have taken as
+    /// many batches.
+    pub fn state(&self) -> LoaderState {
+        self.position.state()
+    }
+
+    /// Go on from a saved state, with any number of ranks: the next [`DataLoader::iter`] has what was left of that epoch.
+    ///
+    /// ```
+    /// use fabric::data::DataLoader;
+    ///
+    /// let loader = || DataLoader::new((0..10).collect::<Vec<_>>()).batch_size(2).shuffle(true);
+    /// let first = loader();
+    /// let mut batches = first.iter();
+    /// let mut seen = [batches.next().unwrap()?, batches.next().unwrap()?].concat();
+    ///
+    /// let second = loader();
+    /// second.resume(first.state());
+    /// for batch in &second {
+    ///     seen.extend(batch?);
+    /// }
+    /// assert_eq!(seen, loader().iter().collect::<fabric::Result<Vec<_>>>()?.concat());
+    /// # Ok::<(), fabric::Error>(())
+    /// ```
+    pub fn resume(&self, state: LoaderState) {
+        self.position.resume(state);
+    }
+
+    /// How many samples of the latest batch this rank alone has, from the batch's first: what comes after them repeats samples
+    /// of other ranks, so that all have as many.
+    pub fn real_samples(&self) -> usize {
+        self.position.real()
     }
 
     /// The dataset.
@@ -162,64 +213,47 @@ impl<D: Dataset, B> DataLoader<D, B> {
         &self.dataset
     }
 
-    /// The order of samples that [`DataLoader::iter`] follows.
-    pub fn sampler(&self) -> Sampler {
-        let seed = self.seed.or_else(seed::current).unwrap_or(0);
-        match (self.share, self.shuffle) {
-            (Some(Share { rank, world }), shuffle) => Sampler::Distributed {
-                rank,
-                world,
-                shuffle,
-                seed,
-                drop_last: false,
-            },
-            (None, true) => Sampler::Shuffled { seed },
-            (None, false) => Sampler::Sequential,
-        }
-    }
-
-    /// How many batches an epoch has, on this rank.
+    /// How many batches the next epoch has, on this rank; fewer than others have, where the loader resumes within it.
     pub fn len(&self) -> usize {
-        let samples = self.sampler().len(self.dataset.len());
-        if self.drop_last {
-            samples / self.batch_size
-        } else {
-            samples.div_ceil(self.batch_size)
-        }
+        self.epoch(self.position.peek()).count
     }
 
-    /// Whether an epoch has no batch.
+    /// Whether the next epoch has no batch.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// The number of the epoch that starts now.
-    fn start_epoch(&self) -> u64 {
-        let mut epoch = self.epoch.lock().unwrap_or_else(PoisonError::into_inner);
-        match *epoch {
-            Epoch::Set(set) => set,
-            Epoch::Counted { next } => {
-                *epoch = Epoch::Counted { next: next + 1 };
-                next
-            }
-        }
+    fn epoch(&self, start: LoaderState) -> Epoch {
+        let seed = self.seed.or_else(seed::current).unwrap_or(0);
+        let random = RandomSampler { seed };
+        let sampler: &dyn Sampler = match (&self.sampler, self.shuffle) {
+            (Some(sampler), _) => &**sampler,
+            (None, true) => &random,
+            (None, false) => &SequentialSampler,
+        };
+        let share = self.share.filter(|_| !sampler.is_distributed());
+        let (samples, share) = (self.dataset.len(), share.unwrap_or(ALL));
+        Epoch::new(sampler, samples, &self.batching, share, start)
+    }
+}
+
+impl<D: Dataset, B> Distribute for DataLoader<D, B> {
+    fn distribute(&mut self, rank: usize, world: usize) -> Result<()> {
+        let share = Share::new(rank, world, self.share)?;
+        self.share = Some(if self.is_shared { share } else { ALL });
+        Ok(())
     }
 }
 
 impl<D: Dataset + 'static, B: Send + 'static> DataLoader<D, B> {
     /// Start an epoch. After an error there is no further batch; a dropped iterator stops and joins its workers.
     pub fn iter(&self) -> Batches<D, B> {
-        let order = self
-            .sampler()
-            .indices(self.dataset.len(), self.start_epoch());
         let recipe = Recipe {
             dataset: self.dataset.clone(),
-            order,
-            batch_size: self.batch_size,
-            count: self.len(),
+            epoch: self.epoch(self.position.start()),
             collate: self.collate.clone(),
         };
-        Batches::new(recipe, self.workers, self.prefetch)
+        Batches::new(recipe, self.workers, self.prefetch, self.position.clone())
     }
 }
 
@@ -296,6 +330,7 @@ mod tests {
         }
     }
 
+    // R-07.
     #[test]
     fn five_samples_on_two_ranks_are_lightnings() {
         let mut loader = loader(5).batch_size(2);

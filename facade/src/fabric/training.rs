@@ -14,7 +14,7 @@ use fabric_engine::{
 
 use super::{Fabric, lock};
 use crate::{
-    data::{DataLoader, Dataset},
+    data::Distribute,
     error::Result,
     model::{Backward, Core, FabricModule, Gradients, Model, Reach, Reporter, mistake},
     optim::Optimizer,
@@ -187,19 +187,16 @@ impl Fabric {
         }
     }
 
-    /// Take in a loader: with several ranks each gets its own share of the samples, newly shuffled every epoch.
+    /// Take in a loader, or several in a tuple: with several ranks each gets its own share of the samples, newly shuffled
+    /// every epoch if it is shuffled.
     ///
     /// # Errors
     /// Before launch, or when the loader was set up already.
-    pub fn setup_dataloaders<D, B>(&self, loader: DataLoader<D, B>) -> Result<DataLoader<D, B>>
-    where
-        D: Dataset + 'static,
-        B: Send + 'static,
-    {
+    pub fn setup_dataloaders<L: Distribute>(&self, loaders: L) -> Result<L> {
         self.comm()?;
-        let mut loader = loader;
-        loader.distribute(self.global_rank(), self.world_size())?;
-        Ok(loader)
+        let mut loaders = loaders;
+        loaders.distribute(self.global_rank(), self.world_size())?;
+        Ok(loaders)
     }
 
     /// Run backward on a loss. Gradients are averaged over the ranks while it runs, unless inside

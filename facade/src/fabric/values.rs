@@ -6,7 +6,10 @@ use rmpv::Value;
 use serde::{Serialize, de::DeserializeOwned};
 
 use super::Fabric;
-use crate::error::{Error, Result};
+use crate::{
+    data::{DataLoader, Dataset},
+    error::{Error, Result},
+};
 
 impl Fabric {
     /// Fold all ranks' values: every number in them, however deep, by itself. Whole numbers are added as such, and their mean
@@ -83,6 +86,51 @@ impl Fabric {
     pub fn all_gather_object<T: Serialize + DeserializeOwned>(&self, value: &T) -> Result<Vec<T>> {
         let rows = self.comm()?.lock().all_gather_bytes(&pack(value)?)?;
         rows.iter().map(|row| unpack(row)).collect()
+    }
+
+    /// Every rank's values for the samples of `loader`'s latest batch, one a sample, by rank; those of samples that only fill up
+    /// the last turn, which another rank has too, are left out: a metric over an epoch counts every sample once.
+    ///
+    /// ```
+    /// use fabric::{Fabric, data::DataLoader};
+    ///
+    /// let fabric = Fabric::builder().devices(2).build()?;
+    /// fabric.launch_threads(|fabric| {
+    ///     let loader = fabric.setup_dataloaders(DataLoader::new(vec![10, 11, 12, 13, 14]).batch_size(2))?;
+    ///     let mut seen = Vec::new();
+    ///     for batch in &loader {
+    ///         seen.extend(fabric.gather_for_metrics(&loader, batch?)?);
+    ///     }
+    ///     assert_eq!(seen, [10, 12, 11, 13, 14]); // not 10 twice
+    ///     Ok(())
+    /// })?;
+    /// # Ok::<(), fabric::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`Fabric::all_gather_object`], or when there are fewer values than samples.
+    pub fn gather_for_metrics<T, D, B>(
+        &self,
+        loader: &DataLoader<D, B>,
+        mut values: Vec<T>,
+    ) -> Result<Vec<T>>
+    where
+        T: Serialize + DeserializeOwned,
+        D: Dataset,
+    {
+        let real = loader.real_samples();
+        if values.len() < real {
+            return Err(Error::argument(
+                format!("{} values for {real} samples", values.len()),
+                "Give one value for each sample of the batch that the loader gave last",
+            ));
+        }
+        values.truncate(real);
+        Ok(self
+            .all_gather_object(&values)?
+            .into_iter()
+            .flatten()
+            .collect())
     }
 
     /// Rank `src`'s value, on every rank.
