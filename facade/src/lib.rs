@@ -35,6 +35,7 @@ pub mod precision;
 pub mod resolve;
 pub mod seed;
 mod shards;
+mod turn;
 pub mod vec;
 
 pub use checkpoint::{State, StateDictType};

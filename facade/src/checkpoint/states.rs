@@ -35,23 +35,15 @@ impl<O: Optimizer> Stateful for FabricOptimizer<O> {
     }
     fn lend(&self) -> Result<LentState<'_>> {
         let (optimizer, core) = self.parts();
-        Ok(optimizer.lend_state(updated(core))?)
+        Ok(optimizer.lend_state(core.updated())?)
     }
     fn check(&self, state: &OptimizerState) -> Result<()> {
         let (optimizer, core) = self.parts();
-        Ok(optimizer.check_state(updated(core), state)?)
+        Ok(optimizer.check_state(core.updated(), state)?)
     }
     fn load(&mut self, state: OptimizerState) -> Result<()> {
         let (optimizer, core) = self.parts_mut();
-        Ok(optimizer.load_state(updated(core), state)?)
-    }
-}
-
-/// The model that an optimizer of this rank sees.
-fn updated(core: &Core) -> &dyn Model {
-    match &core.shards {
-        Some(shards) => shards,
-        None => &*core.model,
+        Ok(optimizer.load_state(core.updated(), state)?)
     }
 }
 
