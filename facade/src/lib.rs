@@ -32,9 +32,11 @@ pub mod model;
 pub mod optim;
 pub mod planner;
 pub mod precision;
+pub mod rank_zero;
 pub mod resolve;
 pub mod seed;
 mod shards;
+pub mod throughput;
 mod turn;
 pub mod vec;
 

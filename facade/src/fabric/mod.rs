@@ -28,6 +28,7 @@ use crate::{
     logger::{Logger, Loggers, Status},
     model::Core,
     precision::{LossScaler, LossScalerState},
+    rank_zero,
     resolve::{Devices, Precision, Request, Resolved, resolve},
 };
 use world::World;
@@ -245,6 +246,7 @@ impl Fabric {
         let meeting = world::Meeting::new()?;
         let fabrics: Vec<_> = (0..count).map(|rank| self.twin(rank)).collect();
         threads::run(count, threads::STACK_BYTES, |rank| {
+            rank_zero::this_thread_is(rank);
             let fabric = fabrics[rank].clone();
             *fabric.lock_world() = Some(meeting.join(rank, count)?);
             let result = threads::caught(rank, || body(&fabric)); // the others are told what a panic says

@@ -10,7 +10,7 @@ use crate::{
     callback::{Callback, Callbacks, Hook, Moment},
     error::{Error, Result},
     logger::{Logger, Status},
-    seed,
+    rank_zero, seed,
 };
 
 impl Fabric {
@@ -94,7 +94,7 @@ impl Fabric {
                 "Add one: Fabric::builder().logger(CsvLogger::new(\"logs\", \"run\"))",
             )
         })?;
-        if !self.is_global_zero() {
+        if !self.logs() {
             return Ok(None);
         }
         let mut logger = logger.take().ok_or_else(in_use)?;
@@ -109,8 +109,14 @@ impl Fabric {
         self.each_logger(f)
     }
 
+    /// Whether this is rank 0, also before it has joined the job.
+    fn logs(&self) -> bool {
+        let joined = self.lock_world().as_ref().map(|world| world.rank);
+        joined.or_else(rank_zero::rank).unwrap_or(0) == 0
+    }
+
     fn each_logger(&self, mut f: impl FnMut(&mut dyn Logger) -> Result<()>) -> Result<()> {
-        if !self.is_global_zero() {
+        if !self.logs() {
             return Ok(());
         }
         self.inner

@@ -159,6 +159,7 @@ pub(super) fn as_rank<T>(
     }
     let result = join(place).and_then(|world| {
         launch::on_terminate(world.comm.aborter())?;
+        crate::rank_zero::this_process_is(world.rank);
         *fabric.lock_world() = Some(world);
         fabric.unless_it_panics(body)
     });
