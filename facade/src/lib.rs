@@ -29,6 +29,7 @@ mod fabric;
 pub mod launch;
 pub mod logger;
 pub mod model;
+mod number;
 pub mod optim;
 pub mod planner;
 pub mod precision;

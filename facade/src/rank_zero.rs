@@ -40,7 +40,7 @@ fn from_environment(get: &dyn Fn(&str) -> Option<String>) -> Option<usize> {
         "SLURM_PROCID",
         "JSM_NAMESPACE_RANK",
     ];
-    let numbers = names
+    let mut numbers = names
         .into_iter()
         .filter_map(|name| get(name)?.trim().parse().ok());
     numbers.next()

@@ -4,16 +4,36 @@
 //! The moments that Lightning has names for are methods of [`Callback`], and variants of [`Hook`]: the loop announces them by
 //! [`Fabric::notify`], with a [`Moment`]. A program's own moments have a name and a payload of any type: [`Fabric::call`].
 
+mod checkpoint;
 mod closure;
+mod device;
+mod early_stopping;
+mod ema;
+mod gradients;
 mod hook;
+mod learning_rate;
 mod moment;
+mod monitor;
+mod progress_bar;
+mod spike;
+mod throughput;
 mod view;
 
 use std::{any::Any, sync::Arc};
 
+pub use checkpoint::ModelCheckpoint;
 pub use closure::{At, On, at, on};
+pub use device::DeviceStatistics;
+pub use early_stopping::EarlyStopping;
+pub use ema::Ema;
+pub use gradients::GradientStatistics;
 pub use hook::{Callback, Hook};
+pub use learning_rate::LearningRateMonitor;
 pub use moment::{LoopState, Metrics, Moment, Progress, Save};
+pub use monitor::Mode;
+pub use progress_bar::ProgressBar;
+pub use spike::{SpikeDetection, TrainingSpike};
+pub use throughput::ThroughputMonitor;
 pub use view::ModelView;
 
 use crate::{

@@ -59,9 +59,14 @@ impl ModelView {
         self.0.updated().params()
     }
 
+    /// The number of the parameter that a piece is of.
+    pub fn whole(&self, piece: ParamId) -> ParamId {
+        self.0.updated().whole(piece)
+    }
+
     /// The parameter that a piece is of.
     pub fn param_of(&self, piece: ParamId) -> &ParamMeta {
-        &self.params()[self.0.updated().whole(piece).0]
+        &self.params()[self.whole(piece).0]
     }
 
     /// This rank's pieces that get gradients.
@@ -145,6 +150,10 @@ impl ModelView {
         let mut copy = vec![0f32; grad.len()];
         kernels::cast_scaled(grad, SpanMut::of(&mut copy), sequencer.factor())?;
         Ok(Some(copy))
+    }
+
+    pub(crate) fn core(&self) -> &Arc<Core> {
+        &self.0
     }
 
     pub(crate) fn with(

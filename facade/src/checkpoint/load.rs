@@ -115,7 +115,9 @@ fn apply(
         let value = values.remove(&name);
         match (entry, fitted, value) {
             (Entry::Model(_), Fitted::Model(holding), _) => load_model(stored, &name, &holding)?,
-            (Entry::Optimizer(optimizer), Fitted::Optimizer(state), _) => optimizer.load(state)?,
+            (Entry::Optimizer(mut optimizer), Fitted::Optimizer(state), _) => {
+                optimizer.load(state)?
+            }
             (Entry::Value(target), _, Some(json)) => target.set_json(&name, &json)?,
             _ => unreachable!("fit() has seen the same entries and values"),
         }

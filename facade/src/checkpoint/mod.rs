@@ -38,6 +38,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
 use crate::{
+    callback::Ema,
     error::{Error, Result},
     fabric::{Fabric, FabricOptimizer},
     model::{Core, FabricModule, Model},
@@ -100,7 +101,7 @@ pub struct State<'a>(Vec<(String, Entry<'a>)>);
 
 enum Entry<'a> {
     Model(Arc<Core>),
-    Optimizer(&'a mut dyn Stateful),
+    Optimizer(Box<dyn Stateful + 'a>),
     Value(&'a mut dyn Saved),
 }
 
@@ -123,7 +124,22 @@ impl<'a> State<'a> {
         name: &str,
         optimizer: &'a mut FabricOptimizer<O>,
     ) -> Self {
-        self.0.push((name.into(), Entry::Optimizer(optimizer)));
+        self.0
+            .push((name.into(), Entry::Optimizer(Box::new(optimizer))));
+        self
+    }
+
+    /// Add a moving average of a model's parameters.
+    pub fn average<M: Model>(
+        mut self,
+        name: &str,
+        ema: &'a mut Ema,
+        module: &'a FabricModule<M>,
+    ) -> Self {
+        let model = module.view();
+        let average = states::AverageOf { ema, model };
+        self.0
+            .push((name.into(), Entry::Optimizer(Box::new(average))));
         self
     }
 

@@ -29,13 +29,14 @@ pub(super) fn append_lines(path: &Path) -> Result<File> {
     Ok(file)
 }
 
-/// Write `bytes` as the whole of `path`, in one step that a crash cannot split.
-pub(super) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
+/// Write `bytes` as the whole of `path`, in one step that a crash cannot split, and make its folder.
+pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
     let folder = path
         .parent()
         .filter(|folder| !folder.as_os_str().is_empty());
     let folder = folder.unwrap_or(Path::new("."));
     let write = || {
+        fs::create_dir_all(folder)?;
         let mut file = NamedTempFile::new_in(folder)?;
         let permissions = match fs::metadata(path) {
             Ok(metadata) => metadata.permissions(),

@@ -9,7 +9,7 @@ use super::{
     file::{append_lines, failed},
     prefixed, wall_time,
 };
-use crate::Result;
+use crate::{Result, number::Number};
 
 /// Writes `metrics.jsonl`. A line is one of
 ///
@@ -93,7 +93,7 @@ impl Logger for JsonlLogger {
     fn log_metrics(&mut self, metrics: &[(String, f64)], step: u64) -> Result<()> {
         let metrics = metrics.iter();
         let metrics: Map<_, _> = metrics
-            .map(|(name, value)| (prefixed(&self.prefix, name), number(*value)))
+            .map(|(name, value)| (prefixed(&self.prefix, name), json!(Number(*value))))
             .collect();
         self.write(json!({"step": step, "metrics": metrics}))
     }
@@ -119,15 +119,6 @@ impl Logger for JsonlLogger {
             self.write(json!({ "status": status.name() }))?;
         }
         self.flush()
-    }
-}
-
-fn number(value: f64) -> Value {
-    match value {
-        _ if value.is_finite() => value.into(),
-        _ if value.is_nan() => "NaN".into(),
-        _ if value > 0.0 => "Infinity".into(),
-        _ => "-Infinity".into(),
     }
 }
 

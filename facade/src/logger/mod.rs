@@ -24,6 +24,7 @@ use std::{
 };
 
 pub use csv::CsvLogger;
+pub(crate) use file::replace as replace_file;
 pub use folder::{RunFolder, Version};
 pub use jsonl::JsonlLogger;
 pub use record::{checksum, read_records};
