@@ -10,8 +10,13 @@ use std::{
 };
 
 use fabric::{
-    Clip, Error, Fabric, FabricModule, ReduceOp, Result, State, callback::on, data::DataLoader,
-    logger::CsvLogger, model::ParamId, optim::Sgd, vec::VecModel,
+    Clip, Error, Fabric, FabricModule, ReduceOp, Result, State,
+    callback::{Hook, at, on},
+    data::DataLoader,
+    logger::CsvLogger,
+    model::ParamId,
+    optim::Sgd,
+    vec::VecModel,
 };
 use serde::{Deserialize, Serialize};
 
@@ -267,32 +272,32 @@ fn rank_zero_alone_logs_and_every_row_is_there() {
     outcome.unwrap();
     let text = std::fs::read_to_string(path).unwrap();
     let mut lines = text.lines();
-    assert_eq!(lines.next(), Some("step,loss,accuracy"));
+    assert_eq!(lines.next(), Some("step,accuracy,loss"));
     for step in 0..50 {
-        assert_eq!(lines.next(), Some(format!("{step},0.5,").as_str()));
+        assert_eq!(lines.next(), Some(format!("{step},,0.5").as_str()));
     }
-    assert_eq!(lines.next(), Some("50,nan,1.0"));
+    assert_eq!(lines.next(), Some("50,1.0,nan"));
     assert_eq!(lines.next(), None);
 }
 
 #[test]
 fn callbacks_are_called_in_order_at_setup_at_every_step_and_by_name() {
     let calls = Arc::new(Mutex::new(Vec::new()));
-    let note = |name: &'static str, hook: &'static str| {
+    let note = |name: &'static str, hook: Hook| {
         let calls = calls.clone();
-        on(hook, move |_: &mut ()| {
+        at(hook, move |_, _| {
             calls.lock().unwrap().push((name, hook));
             Ok(())
         })
     };
-    let (setup, step, own) = ("on_after_setup", "on_after_optimizer_step", "on_lunch");
+    let (setup, step, own) = (Hook::AfterSetup, Hook::AfterOptimizerStep, "on_lunch");
     let mut builder = Fabric::builder().devices(1);
-    for hook in [step, setup, own] {
+    for hook in [step, setup] {
         builder = builder
             .callback(note("first", hook))
             .callback(note("second", hook));
     }
-    builder = builder.callback(on(own, |portions: &mut u32| {
+    builder = builder.callback(on(own, |_, portions: &mut u32| {
         *portions += 1;
         Ok(())
     }));
@@ -304,8 +309,11 @@ fn callbacks_are_called_in_order_at_setup_at_every_step_and_by_name() {
             fabric.backward(model.gradients(vec![Some(vec![1.0])]))?;
             optimizer.step()?;
         }
-        let refused = fabric.call(own, &mut 1u32).unwrap_err().to_string();
-        all_say(&[refused], &["on_lunch", "()", "u32"]);
+        let mut portions = 1u32;
+        fabric.call(own, &mut portions)?;
+        assert_eq!(portions, 2);
+        let refused = fabric.call(own, &mut "two").unwrap_err().to_string();
+        all_say(&[refused], &["on_lunch", "&str", "u32"]);
         Ok(())
     });
     outcome.unwrap();
@@ -320,7 +328,7 @@ fn callbacks_are_called_in_order_at_setup_at_every_step_and_by_name() {
 fn a_callbacks_error_ends_the_step_but_not_before_the_update() {
     let fabric = Fabric::builder()
         .devices(1)
-        .callback(on("on_after_optimizer_step", |_: &mut ()| {
+        .callback(at(Hook::AfterOptimizerStep, |_, _| {
             Err(Error::new("early stop"))
         }));
     let outcome = fabric.build().unwrap().launch(|fabric| {

@@ -30,13 +30,17 @@ mod fabric;
 pub mod launch;
 pub mod logger;
 pub mod model;
+mod number;
 pub mod optim;
 pub mod planner;
 pub mod precision;
+pub mod rank_zero;
 pub mod resolve;
 pub mod seed;
 mod shards;
 pub mod strategy;
+pub mod throughput;
+mod turn;
 pub mod vec;
 
 pub use checkpoint::{State, StateDictType};

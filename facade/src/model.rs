@@ -5,7 +5,7 @@ use std::{
     ops::Deref,
     sync::{
         Arc, Mutex, MutexGuard, Weak,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -277,6 +277,7 @@ impl<'a> Gradients<'a> {
 
 /// One set-up model's place in the job: the sequencer behind one mutex, and what hooks report to.
 pub(crate) struct Core {
+    pub(crate) id: u64,
     pub(crate) model: Arc<dyn Model>,
     sequencer: Mutex<Sequencer>,
     pub(crate) forecast: Forecast,
@@ -294,7 +295,9 @@ impl Core {
         comm: SharedComm,
         forecast: Forecast,
     ) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
         Self {
+            id: NEXT.fetch_add(1, Ordering::Relaxed),
             shards: Shards::of(&model, &sequencer),
             model,
             sequencer: Mutex::new(sequencer),
@@ -311,6 +314,14 @@ impl Core {
         self.sequencer
             .lock()
             .unwrap_or_else(|held| held.into_inner())
+    }
+
+    /// The model as this rank updates it: whole, or its pieces.
+    pub(crate) fn updated(&self) -> &dyn Model {
+        match &self.shards {
+            Some(shards) => shards,
+            None => &*self.model,
+        }
     }
 
     pub(crate) fn syncs(&self) -> bool {

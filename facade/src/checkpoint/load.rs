@@ -167,7 +167,9 @@ fn apply(
             (Entry::Model(_), Fitted::Model(holding, params), _) => {
                 load_model(stored, &name, &holding, &params)?;
             }
-            (Entry::Optimizer(optimizer), Fitted::Optimizer(state), _) => optimizer.load(state)?,
+            (Entry::Optimizer(mut optimizer), Fitted::Optimizer(state), _) => {
+                optimizer.load(state)?;
+            }
             (Entry::Value(target), _, Some(json)) => target.set_json(&name, &json)?,
             _ => unreachable!("fit() has seen the same entries and values"),
         }

@@ -38,6 +38,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
 use crate::{
+    callback::Ema,
     error::{Error, Result},
     fabric::{Fabric, FabricOptimizer},
     model::{Core, FabricModule, Model},
@@ -117,7 +118,7 @@ impl Filters<'_> {
 
 enum Entry<'a> {
     Model(Arc<Core>),
-    Optimizer(&'a mut dyn Stateful),
+    Optimizer(Box<dyn Stateful + 'a>),
     Value(&'a mut dyn Saved),
 }
 
@@ -140,7 +141,20 @@ impl<'a> State<'a> {
         name: &str,
         optimizer: &'a mut FabricOptimizer<O>,
     ) -> Self {
-        let entry = Entry::Optimizer(optimizer);
+        let entry = Entry::Optimizer(Box::new(optimizer));
+        self.entries.push((name.into(), entry));
+        self
+    }
+
+    /// Add a moving average of a model's parameters.
+    pub fn average<M: Model>(
+        mut self,
+        name: &str,
+        ema: &'a mut Ema,
+        module: &'a FabricModule<M>,
+    ) -> Self {
+        let model = module.view();
+        let entry = Entry::Optimizer(Box::new(states::AverageOf { ema, model }));
         self.entries.push((name.into(), entry));
         self
     }

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::stored::Stored;
 use crate::{
+    callback::{Ema, ModelView},
     error::{Error, Result},
     fabric::FabricOptimizer,
     model::{Core, Model},
@@ -29,29 +30,42 @@ pub(super) trait Stateful {
     fn load(&mut self, state: OptimizerState) -> Result<()>;
 }
 
-impl<O: Optimizer> Stateful for FabricOptimizer<O> {
+impl<O: Optimizer> Stateful for &mut FabricOptimizer<O> {
     fn core(&self) -> &Core {
         self.parts().1
     }
     fn lend(&self) -> Result<LentState<'_>> {
         let (optimizer, core) = self.parts();
-        Ok(optimizer.lend_state(updated(core))?)
+        Ok(optimizer.lend_state(core.updated())?)
     }
     fn check(&self, state: &OptimizerState) -> Result<()> {
         let (optimizer, core) = self.parts();
-        Ok(optimizer.check_state(updated(core), state)?)
+        Ok(optimizer.check_state(core.updated(), state)?)
     }
     fn load(&mut self, state: OptimizerState) -> Result<()> {
         let (optimizer, core) = self.parts_mut();
-        Ok(optimizer.load_state(updated(core), state)?)
+        Ok(optimizer.load_state(core.updated(), state)?)
     }
 }
 
-/// The model that an optimizer of this rank sees.
-fn updated(core: &Core) -> &dyn Model {
-    match &core.shards {
-        Some(shards) => shards,
-        None => &*core.model,
+/// A moving average of a model's parameters: to a checkpoint it is an optimizer's state.
+pub(super) struct AverageOf<'a> {
+    pub(super) ema: &'a mut Ema,
+    pub(super) model: ModelView,
+}
+
+impl Stateful for AverageOf<'_> {
+    fn core(&self) -> &Core {
+        self.model.core()
+    }
+    fn lend(&self) -> Result<LentState<'_>> {
+        self.ema.lend(&self.model)
+    }
+    fn check(&self, state: &OptimizerState) -> Result<()> {
+        self.ema.check(&self.model, state)
+    }
+    fn load(&mut self, state: OptimizerState) -> Result<()> {
+        self.ema.load(&self.model, &state)
     }
 }
 

@@ -41,7 +41,7 @@ impl Fabric {
                 world: Mutex::new(Some(World::part(comm, local_rank, node_rank))),
                 models: Mutex::default(),
                 loggers: inner.loggers.clone(),
-                callbacks: inner.callbacks.clone(),
+                callbacks: Mutex::new(lock(&inner.callbacks).clone()),
                 warnings: Mutex::default(),
             }),
         })

@@ -31,9 +31,10 @@ use crate::{
     environment::Place,
     error::{Error, Result},
     launch::{supervise, threads},
-    logger::Logger,
+    logger::{Logger, Loggers, Status},
     model::Core,
     precision::{LossScaler, LossScalerState},
+    rank_zero,
     resolve::{Devices, Precision, Request, Resolved, resolve},
     strategy::Strategy,
 };
@@ -68,8 +69,8 @@ struct Inner {
     scaler: Mutex<Option<LossScaler>>,
     world: Mutex<Option<World>>,
     models: Mutex<Arc<Vec<Arc<Core>>>>,
-    loggers: Arc<Mutex<Vec<Box<dyn Logger>>>>,
-    callbacks: Arc<Mutex<Callbacks>>,
+    loggers: Loggers,
+    callbacks: Mutex<Callbacks>,
     warnings: Mutex<Vec<String>>,
 }
 
@@ -151,8 +152,16 @@ impl Builder {
     }
 
     /// Add a callback.
-    pub fn callback(mut self, callback: impl Callback + 'static) -> Self {
-        self.callbacks.add(callback);
+    pub fn callback(mut self, callback: impl Callback) -> Self {
+        self.callbacks.add(Box::new(callback));
+        self
+    }
+
+    /// Add callbacks of any types.
+    pub fn callbacks(mut self, callbacks: impl IntoIterator<Item = Box<dyn Callback>>) -> Self {
+        callbacks
+            .into_iter()
+            .for_each(|callback| self.callbacks.add(callback));
         self
     }
 
@@ -182,8 +191,8 @@ impl Builder {
                 scaler: Mutex::new(scaler),
                 world: Mutex::new(None),
                 models: Mutex::default(),
-                loggers: Arc::new(Mutex::new(self.loggers)),
-                callbacks: Arc::new(Mutex::new(self.callbacks)),
+                loggers: Loggers::new(self.loggers),
+                callbacks: Mutex::new(self.callbacks),
                 warnings: Mutex::default(),
             }),
         })
@@ -217,7 +226,7 @@ impl Fabric {
             Some(place) => world::as_rank(self, &place, body).map(Some),
             None if self.inner.resolved.world_size == 1 => {
                 *self.lock_world() = Some(World::solo()?);
-                let result = body(self);
+                let result = self.unless_it_panics(body);
                 self.leave(result.as_ref().err());
                 result.map(Some)
             }
@@ -229,8 +238,8 @@ impl Fabric {
 
     /// Run `body` on every rank, each a thread of this process: for tests and notebooks. Returns the ranks' values.
     ///
-    /// The threads share the loggers and the callbacks, and take turns with them: a callback that waits for another rank
-    /// would wait for ever here.
+    /// Rank 0 has the loggers, and the callbacks that were added; other ranks have [`Callback::twin`]s of them. Of a
+    /// callback without twins the threads share one and take turns.
     ///
     /// # Errors
     /// The first failure among the ranks.
@@ -240,8 +249,10 @@ impl Fabric {
     ) -> Result<Vec<T>> {
         let count = resolve(&self.inner.request, None, &Hardware::look())?.world_size;
         let meeting = world::Meeting::new()?;
+        let fabrics: Vec<_> = (0..count).map(|rank| self.twin(rank)).collect();
         threads::run(count, threads::STACK_BYTES, |rank| {
-            let fabric = self.twin();
+            rank_zero::this_thread_is(rank);
+            let fabric = fabrics[rank].clone();
             *fabric.lock_world() = Some(meeting.join(rank, count)?);
             let result = threads::caught(rank, || body(&fabric)); // the others are told what a panic says
             fabric.leave(result.as_ref().err());
@@ -249,8 +260,13 @@ impl Fabric {
         })
     }
 
-    /// A Fabric with the same choices that has not been launched.
-    fn twin(&self) -> Self {
+    /// A Fabric with the same choices, for a rank, that has not been launched.
+    fn twin(&self, rank: usize) -> Self {
+        let callbacks = lock(&self.inner.callbacks);
+        let callbacks = match rank {
+            0 => callbacks.clone(),
+            _ => callbacks.twin(),
+        };
         let inner = &self.inner;
         Self {
             inner: Arc::new(Inner {
@@ -261,14 +277,29 @@ impl Fabric {
                 world: Mutex::new(None),
                 models: Mutex::default(),
                 loggers: inner.loggers.clone(),
-                callbacks: inner.callbacks.clone(),
+                callbacks: Mutex::new(callbacks),
                 warnings: Mutex::default(),
             }),
         }
     }
 
+    /// Run `body`; loggers hear of its panic, which goes on.
+    fn unless_it_panics<T>(&self, body: impl FnOnce(&Self) -> Result<T>) -> Result<T> {
+        struct Watch<'a>(&'a Fabric);
+        impl Drop for Watch<'_> {
+            fn drop(&mut self) {
+                if std::thread::panicking() {
+                    self.0.finalize_with(Status::Failed);
+                }
+            }
+        }
+        let _watch = Watch(self);
+        body(self)
+    }
+
     /// Leave the job; with an own error, end it for everybody.
     fn leave(&self, error: Option<&Error>) {
+        self.finalize_loggers(error);
         *lock(&self.inner.models) = Arc::default(); // they hold the communicator
         if let Some(world) = self.lock_world().take() {
             world.leave(error);

@@ -14,6 +14,7 @@ use fabric_engine::{
 
 use super::{Fabric, lock};
 use crate::{
+    callback::{Hook, LoopState, ModelView},
     data::Distribute,
     error::Result,
     model::{Backward, Core, FabricModule, Gradients, Model, Reach, Reporter, mistake},
@@ -38,7 +39,7 @@ impl<O: Optimizer> FabricOptimizer<O> {
     pub fn step(&mut self) -> Result<()> {
         if self.fabric.overflows(&self.core)? {
             self.skipped = true;
-            return self.fabric.call("on_after_optimizer_step", &mut ());
+            return self.announce(true);
         }
         self.skipped = false;
         let (model, optimizer) = (&self.core.model, &mut self.optimizer);
@@ -60,7 +61,15 @@ impl<O: Optimizer> FabricOptimizer<O> {
             }
         }
         drop(sequencer);
-        self.fabric.call("on_after_optimizer_step", &mut ())
+        self.announce(false)
+    }
+
+    fn announce(&self, skipped: bool) -> Result<()> {
+        let mut state = LoopState::default();
+        state.learning_rates.set("lr", self.learning_rate());
+        let moment = state.moment().view(ModelView::of(&self.core));
+        self.fabric
+            .notify(Hook::AfterOptimizerStep, &mut moment.skipped(skipped))
     }
 
     /// Whether the last step was skipped, because a gradient of the scaled loss overflowed.
@@ -115,7 +124,8 @@ impl Fabric {
     ) -> Result<(FabricModule<M>, FabricOptimizer<O>)> {
         let module = self.setup_module(model)?;
         let optimizer = self.setup_optimizers(optimizer, &module);
-        self.call("on_after_setup", &mut ())?;
+        let mut state = LoopState::default();
+        self.notify(Hook::AfterSetup, &mut state.moment().model(&module))?;
         Ok((module, optimizer))
     }
 

@@ -176,8 +176,9 @@ pub(super) fn as_rank<T>(
     }
     let result = join(place).and_then(|world| {
         launch::on_terminate(world.comm.aborter())?;
+        crate::rank_zero::this_process_is(world.rank);
         *fabric.lock_world() = Some(world);
-        body(fabric)
+        fabric.unless_it_panics(body)
     });
     if let Err(error) = &result {
         launch::report_failure(&error.to_string(), is_from_peer(error));

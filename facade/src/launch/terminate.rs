@@ -2,7 +2,10 @@
 
 use std::{
     io::{self, Write},
-    sync::{Arc, Mutex, OnceLock, PoisonError},
+    sync::{
+        Arc, Mutex, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -18,6 +21,8 @@ use crate::Result;
 
 const STORY: Duration = Duration::from_millis(700); // for the hub to tell who died
 const FAREWELL: Duration = Duration::from_millis(800); // for the main thread to end by itself
+
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
 type Slot = Arc<Mutex<Aborter>>;
 
@@ -44,6 +49,7 @@ pub fn on_terminate(aborter: Aborter) -> Result<()> {
     let watched = slot.clone();
     thread.spawn(move || {
         if let Some(signal) = signals.forever().next() {
+            INTERRUPTED.store(true, Ordering::Relaxed);
             let aborter = watched
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
@@ -53,6 +59,11 @@ pub fn on_terminate(aborter: Aborter) -> Result<()> {
     })?;
     let _ = REGISTERED.set(slot); // nobody else can have: this is our turn
     Ok(())
+}
+
+/// Whether this process was asked to end by a signal that [`on_terminate`] answers.
+pub(crate) fn was_interrupted() -> bool {
+    INTERRUPTED.load(Ordering::Relaxed)
 }
 
 fn end(signal: i32, aborter: &Aborter) -> ! {

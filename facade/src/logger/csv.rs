@@ -7,15 +7,20 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use tempfile::NamedTempFile;
-
-use super::Logger;
+use super::{
+    Logger, RunFolder,
+    file::{append_lines, failed, replace},
+    prefixed,
+};
 use crate::{Error, Result};
 
-/// Writes metrics as CSV: a `step` column, then a column for each metric in the order of their first appearance.
+const STEP: &str = "step";
+
+/// Writes metrics as CSV: a `step` column, then a column for each metric, by name.
 ///
-/// The file is made with the first row, not before, so that ranks which never log leave nothing behind; it is never an
-/// existing one. A metric that comes later gets its column then, empty in the rows before it.
+/// The file is made with the first row, not before, so that ranks which never log leave nothing behind. A metric that
+/// comes later gets its column then, empty in the rows before it. A run that goes on in the same version writes behind its
+/// rows.
 ///
 /// ```
 /// use fabric::logger::{CsvLogger, Logger};
@@ -26,79 +31,83 @@ use crate::{Error, Result};
 /// logger.log_metrics(&[("loss".into(), 0.25), ("accuracy".into(), 1.0)], 1)?;
 /// let path = logger.path().expect("a row was logged");
 /// assert!(path.ends_with("runs/version_0/metrics.csv"));
-/// assert_eq!(std::fs::read_to_string(path)?, "step,loss,accuracy\n0,0.5,\n1,0.25,1.0\n");
+/// assert_eq!(std::fs::read_to_string(path)?, "step,accuracy,loss\n0,,0.5\n1,1.0,0.25\n");
 /// # Ok::<(), fabric::Error>(())
 /// ```
 pub struct CsvLogger {
     name: String,
+    prefix: String,
     target: Target,
     columns: Vec<String>,
+    open: Option<(PathBuf, File)>,
 }
 
 enum Target {
-    /// Nothing logged yet: `folder`'s next `version_N`.
-    Version { folder: PathBuf },
-    /// Nothing logged yet: exactly here.
-    Exact { path: PathBuf },
-    /// The file of this run.
-    Open { path: PathBuf, file: File },
+    /// The folder of a run.
+    Run(RunFolder),
+    /// Exactly here.
+    Exact(PathBuf),
 }
 
 impl CsvLogger {
     /// Log to `root/name/version_N/metrics.csv`, with the first N above those of all earlier runs.
     pub fn new(root: impl AsRef<Path>, name: &str) -> Self {
-        let folder = root.as_ref().join(name);
-        Self::to(name, Target::Version { folder })
+        Self::within(&RunFolder::new(root, name))
+    }
+
+    /// Log into the folder of a run: of a version of its own, say, or together with other loggers.
+    pub fn within(run: &RunFolder) -> Self {
+        Self::to(run.name(), Target::Run(run.clone()))
     }
 
     /// Log to exactly `path`, which must not exist yet.
     pub fn at(path: impl Into<PathBuf>) -> Self {
-        Self::to("csv", Target::Exact { path: path.into() })
+        Self::to("csv", Target::Exact(path.into()))
     }
 
     fn to(name: &str, target: Target) -> Self {
         Self {
             name: name.into(),
+            prefix: String::new(),
             target,
             columns: Vec::new(),
+            open: None,
         }
+    }
+
+    /// Put `prefix-` before the name of every metric.
+    pub fn prefix(mut self, prefix: &str) -> Self {
+        self.prefix = prefix.into();
+        self
     }
 
     /// The file, once something was logged; before that, only when it was given exactly.
     pub fn path(&self) -> Option<&Path> {
-        match &self.target {
-            Target::Version { .. } => None,
-            Target::Exact { path } | Target::Open { path, .. } => Some(path),
+        match (&self.open, &self.target) {
+            (Some((path, _)), _) | (None, Target::Exact(path)) => Some(path),
+            (None, Target::Run(_)) => None,
         }
     }
 
     /// The run's file, made when this is the first use.
     fn open(&mut self) -> Result<(&mut File, &Path)> {
-        let path = match &self.target {
-            Target::Version { folder } => Some(next_version(folder)?.join("metrics.csv")),
-            Target::Exact { path } => {
-                if let Some(folder) = path.parent() {
-                    fs::create_dir_all(folder).map_err(failed("make the folder", folder))?;
+        if self.open.is_none() {
+            self.open = Some(match &self.target {
+                Target::Exact(path) => {
+                    let path = path.clone();
+                    let file = created(&path)?;
+                    (path, file)
                 }
-                Some(path.clone())
-            }
-            Target::Open { .. } => None,
-        };
-        if let Some(path) = path {
-            let file = OpenOptions::new().append(true).create_new(true).open(&path);
-            let file = file.map_err(|why| match why.kind() {
-                ErrorKind::AlreadyExists => Error::argument(
-                    format!("{} exists, and may hold another run's rows", path.display()),
-                    "Give another path, or move that file away; CsvLogger::new numbers its runs",
-                ),
-                _ => failed("create", &path)(why),
-            })?;
-            self.target = Target::Open { path, file };
+                Target::Run(run) => {
+                    let path = run.path()?.join("metrics.csv");
+                    let file = append_lines(&path)?;
+                    self.columns = header(&path)?;
+                    (path, file)
+                }
+            });
         }
-        match &mut self.target {
-            Target::Open { path, file } => Ok((file, path)),
-            _ => unreachable!("the file was opened above"),
-        }
+        let (path, file) = self.open.as_mut().expect("opened above");
+        Ok((file, path))
     }
 
     /// Replace the file by one with all of `columns` and a further `row`, in one step.
@@ -111,16 +120,20 @@ impl CsvLogger {
         let mut rows = csv::ReaderBuilder::new()
             .flexible(true)
             .from_reader(bytes.as_slice());
+        let place = |column: &String| columns.binary_search_by(|known| order(known, column));
+        let places: Vec<_> = self.columns.iter().map(place).collect();
         for old in rows.records() {
-            let mut cells: Vec<String> = old?.iter().map(str::to_owned).collect();
-            cells.resize(columns.len(), String::new());
+            let mut cells = vec![String::new(); columns.len()];
+            for (cell, place) in old?.iter().zip(&places) {
+                cells[place.expect("a column stays")] = cell.into();
+            }
             text.extend(line(&cells)?);
         }
         text.extend(line(row)?);
         replace(&path, &text)?;
         let file = OpenOptions::new().append(true).open(&path);
         let file = file.map_err(failed(doing, &path))?;
-        self.target = Target::Open { path, file };
+        self.open = Some((path, file));
         self.columns = columns;
         Ok(())
     }
@@ -131,29 +144,51 @@ impl Logger for CsvLogger {
         &self.name
     }
 
+    fn version(&mut self) -> Result<Option<String>> {
+        match &self.target {
+            Target::Run(run) => run.version_text().map(Some),
+            Target::Exact(_) => Ok(None),
+        }
+    }
+
+    fn root_dir(&self) -> Option<PathBuf> {
+        match &self.target {
+            Target::Run(run) => Some(run.root().into()),
+            Target::Exact(_) => None,
+        }
+    }
+
+    fn log_dir(&mut self) -> Result<Option<PathBuf>> {
+        match &self.target {
+            Target::Run(run) => run.path().map(Some),
+            Target::Exact(path) => Ok(path.parent().map(Into::into)),
+        }
+    }
+
     fn log_metrics(&mut self, metrics: &[(String, f64)], step: u64) -> Result<()> {
-        let mut columns = if self.columns.is_empty() {
-            vec!["step".to_owned()]
-        } else {
-            self.columns.clone()
-        };
-        let mut row = vec![String::new(); columns.len()];
-        row[0] = step.to_string();
+        let mut cells = vec![(STEP.to_string(), step.to_string())];
         for (name, value) in metrics {
-            let column = columns.iter().position(|known| known == name);
-            let column = column.unwrap_or_else(|| {
-                columns.push(name.clone());
-                row.push(String::new());
-                row.len() - 1
-            });
-            if !row[column].is_empty() {
+            let name = prefixed(&self.prefix, name);
+            if cells.iter().any(|(known, _)| *known == name) {
                 return Err(Error::argument(
                     format!("step {step} has two values for the metric {name:?}"),
                     "Give each metric one name of its own; `step` is the number of the step",
                 ));
             }
-            row[column] = number(*value);
+            cells.push((name, number(*value)));
         }
+        self.open()?;
+        let mut columns = self.columns.clone();
+        for (name, _) in &cells {
+            if let Err(place) = columns.binary_search_by(|known| order(known, name)) {
+                columns.insert(place, name.clone());
+            }
+        }
+        let cell = |column: &String| {
+            let found = cells.iter().find(|(name, _)| name == column);
+            found.map_or(String::new(), |(_, text)| text.clone())
+        };
+        let row: Vec<_> = columns.iter().map(cell).collect();
         if columns != self.columns {
             return self.widen(columns, &row);
         }
@@ -163,60 +198,60 @@ impl Logger for CsvLogger {
             .map_err(failed("write a row to", path))
     }
 
-    /// Settings go beside the metrics, as `metrics.hparams.json`.
+    /// Settings go beside the metrics: `hparams.json` in the folder of a run, else `NAME.hparams.json`.
     fn log_hyperparams(&mut self, hyperparams: &serde_json::Value) -> Result<()> {
-        let (_, path) = self.open()?;
-        let path = path.with_extension("hparams.json");
+        let path = match &self.target {
+            Target::Run(run) => run.path()?.join("hparams.json"),
+            Target::Exact(_) => self.open()?.1.with_extension("hparams.json"),
+        };
         replace(&path, &serde_json::to_vec_pretty(hyperparams)?)
     }
 
     fn flush(&mut self) -> Result<()> {
-        match &self.target {
-            Target::Open { path, file } => file.sync_all().map_err(failed("flush", path)),
-            _ => Ok(()), // nothing logged, nothing to lose
+        match &self.open {
+            Some((path, file)) => file.sync_all().map_err(failed("flush", path)),
+            None => Ok(()), // nothing logged, nothing to lose
         }
     }
 }
 
-/// Make the next `version_N` in `folder`. Runs that start at the same moment get different ones, because only one of
-/// them can make a folder.
-fn next_version(folder: &Path) -> Result<PathBuf> {
-    fs::create_dir_all(folder).map_err(failed("make the folder", folder))?;
-    let mut next = 0u64;
-    for entry in fs::read_dir(folder).map_err(failed("list", folder))? {
-        let name = entry.map_err(failed("list", folder))?.file_name();
-        let number = name.to_str().and_then(|name| name.strip_prefix("version_"));
-        if let Some(number) = number.and_then(|text| text.parse::<u64>().ok()) {
-            next = next.max(number.saturating_add(1));
-        }
-    }
-    loop {
-        let version = folder.join(format!("version_{next}"));
-        match fs::create_dir(&version) {
-            Ok(()) => return Ok(version),
-            Err(why) if why.kind() == ErrorKind::AlreadyExists => next = next.saturating_add(1),
-            Err(why) => return Err(failed("make the folder", &version)(why)),
-        }
-    }
+/// The step comes first, then metrics by name.
+fn order(one: &String, other: &String) -> std::cmp::Ordering {
+    (one != STEP, one).cmp(&(other != STEP, other))
 }
 
-/// Write `bytes` as the whole of `path`, in one step that a crash cannot split.
-fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
-    let folder = path
-        .parent()
-        .filter(|folder| !folder.as_os_str().is_empty());
-    let folder = folder.unwrap_or(Path::new("."));
-    let write = || {
-        let mut file = NamedTempFile::new_in(folder)?;
-        if let Ok(metadata) = fs::metadata(path) {
-            file.as_file().set_permissions(metadata.permissions())?; // temporary files are private
-        }
-        file.write_all(bytes)?;
-        file.as_file().sync_all()?;
-        file.persist(path).map_err(|refused| refused.error)?;
-        File::open(folder)?.sync_all()
-    };
-    write().map_err(failed("write", path))
+/// A new file.
+fn created(path: &Path) -> Result<File> {
+    if let Some(folder) = path.parent() {
+        fs::create_dir_all(folder).map_err(failed("make the folder", folder))?;
+    }
+    let file = OpenOptions::new().append(true).create_new(true).open(path);
+    file.map_err(|why| match why.kind() {
+        ErrorKind::AlreadyExists => Error::argument(
+            format!("{} exists, and may hold another run's rows", path.display()),
+            "Give another path, or move that file away; CsvLogger::new numbers its runs",
+        ),
+        _ => failed("create", path)(why),
+    })
+}
+
+/// The columns of an earlier part of this run; none, when this is the first.
+fn header(path: &Path) -> Result<Vec<String>> {
+    let bytes = fs::read(path).map_err(failed("read", path))?;
+    let mut reader = csv::Reader::from_reader(bytes.as_slice());
+    let columns: Vec<String> = reader.headers()?.iter().map(str::to_owned).collect();
+    if !columns.is_sorted_by(|one, other| order(one, other).is_lt())
+        || columns.first().is_some_and(|first| first != STEP)
+    {
+        return Err(Error::argument(
+            format!(
+                "{} has other columns than this logger writes",
+                path.display()
+            ),
+            "Move that file away, or log into another version",
+        ));
+    }
+    Ok(columns)
 }
 
 /// One line of CSV.
@@ -238,15 +273,6 @@ fn number(value: f64) -> String {
     }
 }
 
-fn failed<'a>(doing: &'a str, path: &'a Path) -> impl Fn(std::io::Error) -> Error + 'a {
-    move |why| {
-        Error::argument(
-            format!("the CSV logger cannot {doing} {}: {why}", path.display()),
-            "Give it a folder that this user may write to, with room left",
-        )
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -263,6 +289,7 @@ mod tests {
         fs::read_to_string(logger.path().unwrap()).unwrap()
     }
 
+    // LOG-02, BUG-07, BUG-08, line 53
     #[test]
     fn every_row_is_in_the_file_when_the_call_returns() {
         let folder = tempfile::tempdir().unwrap();
@@ -280,6 +307,7 @@ mod tests {
         assert_eq!(steps, (0..205).collect::<Vec<_>>());
     }
 
+    // LOG-02, line 53
     #[test]
     fn a_late_metric_adds_a_column_and_keeps_all_rows() {
         let folder = tempfile::tempdir().unwrap();
@@ -333,20 +361,29 @@ mod tests {
     }
 
     #[test]
-    fn each_run_gets_the_next_version_and_silent_ranks_get_none() {
+    fn a_run_that_goes_on_keeps_its_rows_and_a_silent_one_leaves_nothing() {
         let folder = tempfile::tempdir().unwrap();
-        fs::create_dir_all(folder.path().join("run/version_4")).unwrap();
-        let mut silent = CsvLogger::new(folder.path(), "run");
+        let mut silent = CsvLogger::new(folder.path(), "silent");
         silent.flush().unwrap();
         assert_eq!(silent.path(), None);
-        let mut runs = [
-            CsvLogger::new(folder.path(), "run"),
-            CsvLogger::new(folder.path(), "run"),
-        ];
-        for (run, version) in runs.iter_mut().zip(["version_5", "version_6"]) {
-            log(run, 0, &[("a", 1.0)]).unwrap();
-            assert!(run.path().unwrap().parent().unwrap().ends_with(version));
-        }
+        assert!(!folder.path().join("silent").exists());
+        let run = || CsvLogger::within(&RunFolder::new(folder.path(), "run").version("mine"));
+        log(&mut run(), 0, &[("b", 1.0)]).unwrap();
+        let path = folder.path().join("run/mine/metrics.csv");
+        let mut torn = fs::read(&path).unwrap();
+        torn.extend(b"1,2"); // killed while writing
+        fs::write(&path, torn).unwrap();
+        let mut second = run().prefix("a");
+        log(&mut second, 2, &[("loss", 3.0)]).unwrap();
+        log(&mut second, 3, &[("loss", 4.0)]).unwrap();
+        assert_eq!(
+            text(&second),
+            "step,a-loss,b\n0,,1.0\n1,,2\n2,3.0,\n3,4.0,\n"
+        );
+        assert_eq!(second.version().unwrap(), Some("mine".into()));
+        fs::write(&path, "x,y\n1,2\n").unwrap();
+        let error = log(&mut run(), 0, &[("b", 1.0)]).unwrap_err().to_string();
+        assert!(error.contains("other columns"), "{error}");
     }
 
     #[test]
@@ -357,7 +394,6 @@ mod tests {
             let error = log(&mut logger, 3, &twice).unwrap_err().to_string();
             assert!(error.contains("step 3"), "{error}");
         }
-        assert_eq!(logger.path(), None);
     }
 
     #[test]
@@ -368,10 +404,7 @@ mod tests {
             .log_hyperparams(&serde_json::json!({"lr": 0.1}))
             .unwrap();
         log(&mut logger, 0, &[("a", 1.0)]).unwrap();
-        let beside = logger
-            .path()
-            .unwrap()
-            .with_file_name("metrics.hparams.json");
+        let beside = logger.path().unwrap().with_file_name("hparams.json");
         let value: serde_json::Value = serde_json::from_slice(&fs::read(beside).unwrap()).unwrap();
         assert_eq!(value["lr"], 0.1);
         assert_eq!(text(&logger), "step,a\n0,1.0\n");
