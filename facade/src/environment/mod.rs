@@ -18,6 +18,7 @@ mod slurm;
 mod torchrun;
 mod variables;
 
+pub(crate) use address::resolve;
 pub use kubernetes::Kubernetes;
 pub use lsf::Lsf;
 pub use mpi::Mpi;
