@@ -10,6 +10,7 @@ mod exhaustive;
 mod facade;
 mod footprint;
 mod fsdp;
+mod launching;
 mod mixed;
 mod optim;
 mod parity;
