@@ -29,7 +29,7 @@ pub(super) fn meeting(
     port: u16,
 ) -> Result<SocketAddr> {
     if let Some(host) = variables.text("FABRIC_ADDR") {
-        return named(variables, "FABRIC_ADDR", &host, port, one_machine);
+        return named("FABRIC_ADDR", &host, port, one_machine);
     }
     if one_machine {
         return Ok((Ipv4Addr::LOCALHOST, port).into());
@@ -37,7 +37,7 @@ pub(super) fn meeting(
     let mut refused = None;
     for (name, host) in hosts {
         let Some(host) = host else { continue };
-        match named(variables, name, host, port, one_machine) {
+        match named(name, host, port, one_machine) {
             Ok(address) => return Ok(address),
             Err(error) => refused.get_or_insert(error),
         };
@@ -54,15 +54,13 @@ pub(super) fn meeting(
     }))
 }
 
-fn named(
-    variables: &Variables<'_>,
-    name: &str,
-    host: &str,
-    port: u16,
-    one_machine: bool,
-) -> Result<SocketAddr> {
-    resolve(host, port, one_machine)
-        .map_err(|why| variables.refuse(name, host, format!("has no address: {why}")))
+fn named(name: &str, host: &str, port: u16, one_machine: bool) -> Result<SocketAddr> {
+    resolve(host, port, one_machine).map_err(|why| {
+        Error::argument(
+            format!("{name} says that the ranks meet at {host}, which has no address here: {why}"),
+            "Set FABRIC_ADDR to the IP address of rank 0's machine, on all ranks",
+        )
+    })
 }
 
 /// The address of `host`, IPv4 first. For several machines, a name that stands for this machine itself has none: Debian
