@@ -11,6 +11,7 @@ mod exhaustive;
 mod facade;
 mod footprint;
 mod fsdp;
+mod launching;
 mod mixed;
 mod optim;
 mod parity;

@@ -28,7 +28,7 @@ fn train(args: &[&str]) -> Command {
 }
 
 /// Wait for a child, but not for ever; its output as text.
-fn finish(mut child: Child) -> (Output, String) {
+pub(crate) fn finish(mut child: Child) -> (Output, String) {
     let started = Instant::now();
     let (mut out, mut err) = (child.stdout.take(), child.stderr.take());
     let reader = std::thread::spawn(move || {
@@ -68,7 +68,7 @@ fn run(args: &[&str]) -> (Output, String) {
     finish(train(args).spawn().unwrap())
 }
 
-fn loss(text: &str) -> &str {
+pub(crate) fn loss(text: &str) -> &str {
     text.lines()
         .find_map(|line| line.strip_prefix("loss "))
         .unwrap_or_else(|| panic!("no loss in:\n{text}"))
@@ -82,14 +82,14 @@ fn pids(text: &str) -> Vec<u32> {
 }
 
 /// Whether a process runs (one that is dead but not yet buried does not).
-fn lives(pid: u32) -> bool {
+pub(crate) fn lives(pid: u32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit(')')
         .next()
         .is_some_and(|rest| !rest.trim_start().starts_with('Z') && !rest.trim().is_empty())
 }
 
-fn signal(signal: Signal, pid: u32) {
+pub(crate) fn signal(signal: Signal, pid: u32) {
     let pid = Pid::from_raw(pid as i32).expect("a process id");
     kill_process(pid, signal).unwrap();
 }

@@ -1,117 +1,165 @@
 //! Who am I: a process's rank, and where its job meets, as the launcher that started it wrote them in the environment.
 //!
-//! Two launchers are understood: our own supervisor (`FABRIC_*`) and torchrun (`RANK`, `WORLD_SIZE`, ...). Each is a
-//! list of variables that stand or fall together: half of them is an error, never a guess, because a rank that believes
-//! in the wrong world trains on the wrong share of the data.
+//! Each launcher is a [`ClusterEnvironment`]: a list of variables that stand or fall together. Half of them is an error,
+//! never a guess, because a rank that believes in the wrong world trains on the wrong share of the data.
+//!
+//! ```text
+//! fabric > torchrun > SLURM > LSF > MPI > Kubernetes     the launcher that ran last knows best
+//! ```
 
+mod address;
+mod hosts;
+mod kubernetes;
+mod lsf;
+mod mpi;
 mod own;
+mod place;
+mod slurm;
 mod torchrun;
 mod variables;
 
-use std::net::SocketAddr;
-
-use fabric_engine::rendezvous::Secret;
-
-pub use own::supervisor;
+pub(crate) use address::resolve;
+pub use kubernetes::Kubernetes;
+pub use lsf::Lsf;
+pub use mpi::Mpi;
+pub use own::{Own, supervisor};
+pub use place::Place;
+pub use slurm::Slurm;
+pub use torchrun::Torchrun;
 
 use crate::Result;
-use variables::Variables;
 
 /// How variables are looked up: `std::env::var` in a program, a table in a test.
 pub type Lookup<'a> = &'a dyn Fn(&str) -> Option<String>;
 
-/// A process's place in its job.
+/// A launcher whose ranks this library can be.
 ///
-/// ```text
-/// node 0: rank 0 (local 0), rank 1 (local 1)      world 4, local_world 2
-/// node 1: rank 2 (local 0), rank 3 (local 1)      all meet at `address`, where rank 0 listens
 /// ```
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Place {
-    /// This process's number in the job.
-    pub rank: usize,
-    /// Processes in the job.
-    pub world: usize,
-    /// This process's number on its machine.
-    pub local_rank: usize,
-    /// Processes of the job on this machine.
-    pub local_world: usize,
-    /// The machine's number in the job.
-    pub node_rank: usize,
-    /// Where rank 0 listens.
-    pub address: SocketAddr,
-    /// What proves that a process belongs to the job.
-    pub secret: Secret,
-    /// Who said so: `"fabric"` or `"torchrun"`.
-    pub source: &'static str,
-    /// Whether our supervisor started this process and watches it.
-    pub supervised: bool,
-}
+/// use fabric::{
+///     Result,
+///     environment::{self, Applies, ClusterEnvironment, Lookup, Place},
+/// };
+///
+/// /// Two processes that a script starts: `WHO=left ./train & WHO=right ./train`.
+/// struct Pair;
+///
+/// impl ClusterEnvironment for Pair {
+///     fn name(&self) -> &'static str {
+///         "pair"
+///     }
+///
+///     fn applies(&self, get: Lookup<'_>) -> Applies {
+///         match get("WHO") {
+///             Some(who) => Applies::Yes(format!("the script (WHO={who})")),
+///             None => Applies::No,
+///         }
+///     }
+///
+///     fn place(&self, get: Lookup<'_>) -> Result<Place> {
+///         let rank = usize::from(get("WHO").as_deref() == Some("right"));
+///         Ok(Place::new(self.name(), rank, 2, ([127, 0, 0, 1], 4000).into()))
+///     }
+/// }
+///
+/// let right = |name: &str| (name == "WHO").then(|| "right".to_string());
+/// let found = environment::detect_with(&[&Pair], &right)?;
+/// assert_eq!(found.reason, "ranks: 2, started by the script (WHO=right)");
+/// assert_eq!(found.place.map(|place| place.rank), Some(1));
+/// # Ok::<(), fabric::Error>(())
+/// ```
+pub trait ClusterEnvironment: Send + Sync {
+    /// A short name in lower case.
+    fn name(&self) -> &'static str;
 
-impl Place {
-    /// Read the place from the variables that `get` finds; `None` when no launcher left any. Our own variables win over
-    /// torchrun's, because the launcher that ran last knows best.
-    ///
-    /// ```
-    /// use fabric::environment::Place;
-    ///
-    /// let torchrun = |name: &str| {
-    ///     let value = match name {
-    ///         "RANK" | "LOCAL_RANK" => "1",
-    ///         "WORLD_SIZE" | "LOCAL_WORLD_SIZE" => "2",
-    ///         "GROUP_RANK" => "0",
-    ///         "MASTER_ADDR" => "127.0.0.1",
-    ///         "MASTER_PORT" => "29500",
-    ///         _ => return None,
-    ///     };
-    ///     Some(value.to_string())
-    /// };
-    /// let place = Place::detect(&torchrun)?.expect("torchrun's variables are there");
-    /// assert_eq!((place.rank, place.world, place.source), (1, 2, "torchrun"));
-    /// assert_eq!(place.address.port(), 29501); // torchrun's own store listens at 29500
-    /// assert!(Place::detect(&|_| None)?.is_none());
-    /// # Ok::<(), fabric::Error>(())
-    /// ```
+    /// Whether this launcher started this process.
+    fn applies(&self, get: Lookup<'_>) -> Applies;
+
+    /// This process's place; asked for where the environment applies.
     ///
     /// # Errors
     /// When a variable is missing or malformed, or two contradict each other.
-    pub fn detect(get: Lookup<'_>) -> Result<Option<Self>> {
-        if Variables::any(get, own::RANKS) {
-            own::read(get).map(Some)
-        } else if Variables::any(get, torchrun::RANKS) {
-            torchrun::read(get).map(Some)
-        } else {
-            Ok(None)
-        }
-    }
+    fn place(&self, get: Lookup<'_>) -> Result<Place>;
 }
 
+/// Whether a launcher started this process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Applies {
+    /// It did; in words, as the end of "started by ...".
+    Yes(String),
+    /// It is here, and did not; a sentence that says why, for the user who expected it.
+    Not(String),
+    /// Nothing of it is here.
+    No,
+}
+
+/// What was found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Detection {
+    /// This process's place, when a launcher has started it as a rank.
+    pub place: Option<Place>,
+    /// Why, in one sentence: "ranks: 4, started by SLURM (job 71, SLURM_PROCID=3)".
+    pub reason: String,
+    /// What a user may have expected to be taken for a launcher, and why it was not; a sentence each.
+    pub remarks: Vec<String>,
+}
+
+/// Find out who started this process.
+///
+/// ```
+/// let found = fabric::environment::detect(&|_| None)?;
+/// assert_eq!((found.place, found.reason.as_str()), (None, "ranks: no launcher has started any"));
+/// # Ok::<(), fabric::Error>(())
+/// ```
+///
+/// # Errors
+/// When a launcher's variables are there by halves, malformed, or contradict each other.
+pub fn detect(get: Lookup<'_>) -> Result<Detection> {
+    detect_with(&[], get)
+}
+
+/// As [`detect`], with environments of the program's own, which are asked first.
+///
+/// # Errors
+/// As [`detect`].
+pub fn detect_with(own: &[&dyn ClusterEnvironment], get: Lookup<'_>) -> Result<Detection> {
+    const BUILT_IN: [&dyn ClusterEnvironment; 6] =
+        [&Own, &Torchrun, &Slurm, &Lsf, &Mpi, &Kubernetes];
+
+    let mut remarks = Vec::new();
+    for environment in own.iter().chain(&BUILT_IN) {
+        match environment.applies(get) {
+            Applies::No => {}
+            Applies::Not(remark) => remarks.push(remark),
+            Applies::Yes(how) => {
+                let place = environment.place(get)?;
+                place.check()?;
+                return Ok(Detection {
+                    reason: format!("ranks: {}, started by {how}", place.world),
+                    place: Some(place),
+                    remarks,
+                });
+            }
+        }
+    }
+    Ok(Detection {
+        place: None,
+        reason: "ranks: no launcher has started any".into(),
+        remarks,
+    })
+}
+
+/// A table of variables in the place of a process's, for the tests of the launchers.
 #[cfg(test)]
-mod tests {
+mod table {
     use super::*;
 
-    const OWN: &[(&str, &str)] = &[
-        ("FABRIC_RANK", "3"),
-        ("FABRIC_WORLD_SIZE", "4"),
-        ("FABRIC_LOCAL_RANK", "1"),
-        ("FABRIC_LOCAL_WORLD_SIZE", "2"),
-        ("FABRIC_NODE_RANK", "1"),
-        ("FABRIC_ADDR", "10.0.0.7"),
-        ("FABRIC_PORT", "4000"),
-    ];
-    const TORCHRUN: &[(&str, &str)] = &[
-        ("RANK", "3"),
-        ("WORLD_SIZE", "4"),
-        ("LOCAL_RANK", "1"),
-        ("LOCAL_WORLD_SIZE", "2"),
-        ("GROUP_RANK", "1"),
-        ("MASTER_ADDR", "127.0.0.1"),
-        ("MASTER_PORT", "29500"),
-    ];
-
-    /// Detect in `base` with `changes`; an empty value takes the variable away.
-    fn detect(base: &[(&str, &str)], changes: &[(&str, &str)]) -> Result<Option<Place>> {
-        Place::detect(&|name| {
+    /// Call `f` with a lookup in `base` with `changes`; an empty value takes the variable away.
+    pub(super) fn lookup<T>(
+        base: &[(&str, &str)],
+        changes: &[(&str, &str)],
+        f: impl FnOnce(Lookup<'_>) -> T,
+    ) -> T {
+        f(&|name| {
             let found = |list: &[(&str, &str)]| {
                 list.iter()
                     .find(|(known, _)| *known == name)
@@ -123,73 +171,184 @@ mod tests {
         })
     }
 
+    pub(super) fn place(
+        environment: &dyn ClusterEnvironment,
+        base: &[(&str, &str)],
+        changes: &[(&str, &str)],
+    ) -> Result<Place> {
+        let place = lookup(base, changes, |get| environment.place(get))?;
+        place.check()?;
+        Ok(place)
+    }
+
+    pub(super) fn refusal(
+        environment: &dyn ClusterEnvironment,
+        base: &[(&str, &str)],
+        changes: &[(&str, &str)],
+    ) -> String {
+        place(environment, base, changes).unwrap_err().to_string()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use fabric_engine::rendezvous::Secret;
+
+    use super::{table::lookup, *};
+
+    const OWN: &[(&str, &str)] = &[
+        ("FABRIC_RANK", "3"),
+        ("FABRIC_WORLD_SIZE", "4"),
+        ("FABRIC_LOCAL_RANK", "1"),
+        ("FABRIC_LOCAL_WORLD_SIZE", "2"),
+        ("FABRIC_NODE_RANK", "1"),
+        ("FABRIC_ADDR", "10.0.0.7"),
+        ("FABRIC_PORT", "4000"),
+        ("FABRIC_SECRET", "00ff"),
+    ];
+    const TORCHRUN: &[(&str, &str)] = &[
+        ("RANK", "3"),
+        ("WORLD_SIZE", "4"),
+        ("LOCAL_RANK", "1"),
+        ("LOCAL_WORLD_SIZE", "2"),
+        ("GROUP_RANK", "1"),
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", "29500"),
+    ];
+    const SLURM: &[(&str, &str)] = &[
+        ("SLURM_JOB_ID", "71"),
+        ("SLURM_STEP_ID", "0"),
+        ("SLURM_PROCID", "1"),
+        ("SLURM_LOCALID", "1"),
+        ("SLURM_STEP_NUM_TASKS", "2"),
+        ("SLURM_STEP_NUM_NODES", "1"),
+        // srun --mpi=pmi2
+        ("PMI_RANK", "1"),
+        ("PMI_SIZE", "2"),
+    ];
+
+    fn find(base: &[(&str, &str)], changes: &[(&str, &str)]) -> Result<Detection> {
+        lookup(base, changes, detect)
+    }
+
+    fn place(base: &[(&str, &str)], changes: &[(&str, &str)]) -> Place {
+        find(base, changes).unwrap().place.unwrap()
+    }
+
     fn refusal(base: &[(&str, &str)], changes: &[(&str, &str)]) -> String {
-        detect(base, changes).unwrap_err().to_string()
+        find(base, changes).unwrap_err().to_string()
     }
 
     #[test]
     fn without_rank_variables_there_is_no_place() {
-        assert_eq!(detect(&[], &[]).unwrap(), None);
+        assert_eq!(find(&[], &[]).unwrap().place, None);
+        // What a supervisor is told of its part in a job makes no rank.
         let leftovers = [
             ("FABRIC_SECRET", "x"),
+            ("FABRIC_NODE_RANK", "1"),
             ("FABRIC_PORT", "1"),
             ("MASTER_ADDR", "h"),
         ];
-        assert_eq!(detect(&leftovers, &[]).unwrap(), None);
+        assert_eq!(find(&leftovers, &[]).unwrap().place, None);
     }
 
     #[test]
     fn our_own_variables_give_every_field() {
-        let place = detect(
-            OWN,
-            &[("FABRIC_SECRET", "00ff"), ("FABRIC_SUPERVISOR", "77")],
-        )
-        .unwrap()
-        .unwrap();
+        let changes = [("FABRIC_SUPERVISOR", "77"), ("FABRIC_NUM_NODES", "2")];
         let expected = Place {
             rank: 3,
             world: 4,
             local_rank: 1,
             local_world: 2,
             node_rank: 1,
+            nodes: 2,
             address: "10.0.0.7:4000".parse().unwrap(),
             secret: Secret::from_bytes(b"00ff"),
             source: "fabric",
+            told: "FABRIC_WORLD_SIZE=4, FABRIC_NUM_NODES=2".into(),
             supervised: true,
         };
-        assert_eq!(place, expected);
-        assert!(!detect(OWN, &[]).unwrap().unwrap().secret.is_given());
+        assert_eq!(place(OWN, &changes), expected);
+        assert_eq!(place(OWN, &[]).nodes, 2);
+        assert!(refusal(OWN, &[("FABRIC_SECRET", "")]).contains("openssl rand"));
     }
 
+    // ENV-01
     #[test]
     fn torchruns_store_keeps_its_port_and_we_take_the_next() {
-        let place = detect(TORCHRUN, &[]).unwrap().unwrap();
-        assert_eq!(place.address, "127.0.0.1:29501".parse().unwrap());
+        let found = find(TORCHRUN, &[("TORCHELASTIC_RUN_ID", "none")]).unwrap();
         assert_eq!(
-            (place.node_rank, place.source, place.supervised),
-            (1, "torchrun", false)
+            found.reason,
+            "ranks: 4, started by torchrun (run none, RANK=3)"
         );
-        let place = detect(TORCHRUN, &[("FABRIC_PORT", "5000"), ("FABRIC_SECRET", "s")])
-            .unwrap()
-            .unwrap();
-        assert_eq!(place.address.port(), 5000);
-        assert_eq!(place.secret, Secret::from_bytes(b"s"));
+        let found = found.place.unwrap();
+        assert_eq!(found.address, "127.0.0.1:29501".parse().unwrap());
+        assert_eq!(
+            (found.node_rank, found.nodes, found.source, found.supervised),
+            (1, 2, "torchrun", false)
+        );
+        let found = place(TORCHRUN, &[("FABRIC_PORT", "5000"), ("FABRIC_SECRET", "s")]);
+        assert_eq!(found.address.port(), 5000);
+        assert_eq!(found.secret, Secret::from_bytes(b"s"));
     }
 
     #[test]
-    fn torchruns_host_name_is_resolved_to_ipv4_first() {
-        let place = detect(TORCHRUN, &[("MASTER_ADDR", "localhost")])
-            .unwrap()
-            .unwrap();
-        assert!(place.address.ip().is_loopback());
-        let text = refusal(TORCHRUN, &[("MASTER_ADDR", "no such host.invalid")]);
+    fn torchruns_host_name_is_resolved_where_it_matters() {
+        assert!(
+            place(TORCHRUN, &[("MASTER_ADDR", "localhost")])
+                .address
+                .ip()
+                .is_loopback()
+        );
+        let nowhere = [("MASTER_ADDR", "no such host.invalid")];
+        let text = refusal(TORCHRUN, &nowhere);
         assert!(text.contains("MASTER_ADDR"), "{text}");
+        // All on one machine: loopback, which needs neither a name nor a secret.
+        let one = [nowhere[0], ("LOCAL_WORLD_SIZE", "4"), ("LOCAL_RANK", "3")];
+        let one = place(TORCHRUN, &[&one[..], &[("GROUP_RANK", "0")]].concat());
+        assert!(one.address.ip().is_loopback());
     }
 
+    // Line 5: torchelastic > SLURM, and our own before both
     #[test]
-    fn the_last_launcher_wins() {
-        let both = [OWN, TORCHRUN].concat();
-        assert_eq!(detect(&both, &[]).unwrap().unwrap().source, "fabric");
+    fn the_launcher_that_ran_last_wins() {
+        let source = |base: &[(&str, &str)], changes: &[(&str, &str)]| place(base, changes).source;
+        let all = [OWN, TORCHRUN, SLURM].concat();
+        assert_eq!(source(&all, &[]), "fabric");
+        assert_eq!(source(&[TORCHRUN, SLURM].concat(), &[]), "torchrun");
+        assert_eq!(source(SLURM, &[]), "slurm");
+        // An mpirun within the step is the last launcher.
+        let mpi = [("MPI_LOCALRANKID", "1"), ("MPI_LOCALNRANKS", "2")];
+        let found = find(SLURM, &[&mpi[..], &[("FABRIC_PORT", "4000")]].concat()).unwrap();
+        assert_eq!(found.place.unwrap().source, "mpi");
+        assert!(
+            found.remarks[0].contains("SLURM's job 71"),
+            "{:?}",
+            found.remarks
+        );
+    }
+
+    // Issue 18504: what was detected, and why, is said
+    #[test]
+    fn what_was_found_is_said_in_one_sentence() {
+        assert_eq!(
+            find(SLURM, &[]).unwrap().reason,
+            "ranks: 2, started by SLURM (job 71, SLURM_PROCID=1)"
+        );
+        assert_eq!(
+            find(OWN, &[("FABRIC_SUPERVISOR", "77")]).unwrap().reason,
+            "ranks: 4, started by fabric's supervisor (process 77, FABRIC_RANK=3)"
+        );
+        let alone = find(SLURM, &[("SLURM_STEP_ID", "")]).unwrap();
+        assert_eq!(
+            (alone.place, alone.reason.as_str()),
+            (None, "ranks: no launcher has started any")
+        );
+        assert!(
+            alone.remarks[0].contains("srun did not start this process"),
+            "{:?}",
+            alone.remarks
+        );
     }
 
     #[test]
@@ -218,6 +377,7 @@ mod tests {
             ("FABRIC_PORT", "70000"),
             ("FABRIC_ADDR", "node-7"),
             ("FABRIC_SUPERVISOR", "self"),
+            ("FABRIC_NUM_NODES", "1"),
         ] {
             let text = refusal(OWN, &[(name, value)]);
             assert!(text.contains(name) && text.contains(value), "{text}");

@@ -35,6 +35,7 @@ impl Fabric {
         Ok(Self {
             inner: Arc::new(Inner {
                 request: inner.request.clone(),
+                environments: inner.environments.clone(),
                 resolved: inner.resolved.clone(),
                 options: inner.options.clone(),
                 scaler: Mutex::new(lock(&inner.scaler).clone()),

@@ -28,9 +28,9 @@ use crate::{
     accelerator::Hardware,
     callback::{Callback, Callbacks},
     checkpoint::StateDictType,
-    environment::Place,
+    environment::{self, ClusterEnvironment, Detection, Lookup},
     error::{Error, Result},
-    launch::{supervise, threads},
+    launch::{Job, supervise, threads},
     logger::{Logger, Loggers, Status},
     model::Core,
     precision::{LossScaler, LossScalerState},
@@ -39,6 +39,14 @@ use crate::{
     strategy::Strategy,
 };
 use world::World;
+
+type Environments = Vec<Arc<dyn ClusterEnvironment>>;
+
+/// Who started this process.
+fn detect(own: &Environments, get: Lookup<'_>) -> Result<Detection> {
+    let own: Vec<&dyn ClusterEnvironment> = own.iter().map(|own| &**own).collect();
+    environment::detect_with(&own, get)
+}
 
 /// Whether this process has supervised ranks.
 static SUPERVISED: AtomicBool = AtomicBool::new(false);
@@ -64,6 +72,7 @@ pub struct Fabric {
 
 struct Inner {
     request: Request,
+    environments: Environments,
     resolved: Resolved,
     options: plan::Options,
     scaler: Mutex<Option<LossScaler>>,
@@ -78,6 +87,7 @@ struct Inner {
 #[derive(Default)]
 pub struct Builder {
     request: Request,
+    environments: Environments,
     options: plan::Options,
     group: Option<usize>,
     scaler: Option<LossScaler>,
@@ -102,6 +112,12 @@ impl Builder {
     /// How many machines; on each of them the program is started once, or all of its ranks by a launcher.
     pub fn num_nodes(mut self, nodes: usize) -> Self {
         self.request.num_nodes = Some(nodes);
+        self
+    }
+
+    /// A launcher of your own, whose ranks this program can be; asked before those that Fabric knows.
+    pub fn environment(mut self, environment: impl ClusterEnvironment + 'static) -> Self {
+        self.environments.push(Arc::new(environment));
         self
     }
 
@@ -172,8 +188,8 @@ impl Builder {
     pub fn build(self) -> Result<Fabric> {
         let get = |name: &str| std::env::var(name).ok();
         let request = self.request.with_environment(&get)?;
-        let outside = Place::detect(&get)?;
-        let resolved = resolve(&request, outside.as_ref(), &Hardware::look())?;
+        let started_by = detect(&self.environments, &get)?;
+        let resolved = resolve(&request, Some(&started_by), &Hardware::look())?;
         let policy = resolved.precision.policy();
         let mut options = self.options;
         resolved.preset.apply(&mut options);
@@ -186,6 +202,7 @@ impl Builder {
         Ok(Fabric {
             inner: Arc::new(Inner {
                 request,
+                environments: self.environments,
                 resolved,
                 options,
                 scaler: Mutex::new(scaler),
@@ -221,7 +238,8 @@ impl Fabric {
         if self.lock_world().is_some() {
             return body(self).map(Some); // launched before
         }
-        let place = Place::detect(&|name| std::env::var(name).ok())?;
+        let get = |name: &str| std::env::var(name).ok();
+        let place = detect(&self.inner.environments, &get)?.place;
         match place {
             Some(place) => world::as_rank(self, &place, body).map(Some),
             None if self.inner.resolved.world_size == 1 => {
@@ -232,7 +250,11 @@ impl Fabric {
             }
             // The ranks have run the whole program, later launches included.
             None if SUPERVISED.swap(true, Ordering::Relaxed) => Ok(None),
-            None => supervise(self.inner.resolved.devices()).map(|()| None),
+            None => {
+                let Resolved { num_nodes, .. } = self.inner.resolved;
+                let job = Job::from_variables(self.inner.resolved.devices(), num_nodes, &get)?;
+                supervise(job).map(|()| None)
+            }
         }
     }
 
@@ -271,6 +293,7 @@ impl Fabric {
         Self {
             inner: Arc::new(Inner {
                 request: inner.request.clone(),
+                environments: inner.environments.clone(),
                 resolved: inner.resolved.clone(),
                 options: inner.options.clone(),
                 scaler: Mutex::new(lock(&inner.scaler).clone()),

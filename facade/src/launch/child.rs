@@ -1,8 +1,6 @@
 //! A rank's side of supervision: take the listener, die with the supervisor, leave last words.
 
 use std::{
-    fs,
-    io::Write,
     net::TcpListener,
     os::fd::AsFd,
     path::Path,
@@ -13,24 +11,14 @@ use std::{
 };
 
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
-use serde::{Deserialize, Serialize};
-use tempfile::NamedTempFile;
 
+use super::words::LastWords;
 use crate::{Error, Result};
 
 /// Names the standard input as the job's listener.
 pub(super) const LISTENER: &str = "FABRIC_LISTENER";
-/// Names the file for a rank's last words.
+/// Names where a rank leaves its last words: see [`super::words`].
 pub(super) const ERROR_FILE: &str = "FABRIC_ERROR_FILE";
-
-/// What a rank says about its own failure.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct LastWords {
-    /// The error.
-    pub(super) text: String,
-    /// Whether it is only the echo of another rank's failure.
-    pub(super) from_peer: bool,
-}
 
 /// The listener that the supervisor bound for rank 0 before any rank was started, so that nobody can take the port in
 /// between. `None` on other ranks, without a supervisor, and on the second call.
@@ -91,40 +79,9 @@ pub fn report_failure(text: &str, from_peer: bool) {
     }
 }
 
-impl LastWords {
-    /// Write all or nothing.
-    pub(super) fn write(&self, path: &Path) -> Result<()> {
-        let folder = path.parent().unwrap_or(Path::new("."));
-        let mut file = NamedTempFile::new_in(folder)?;
-        file.write_all(&serde_json::to_vec(self)?)?;
-        file.persist(path)?;
-        Ok(())
-    }
-
-    /// What was left at `path`, if anything.
-    pub(super) fn read(path: &Path) -> Option<Self> {
-        serde_json::from_slice(&fs::read(path).ok()?).ok()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn last_words_are_read_as_they_were_written() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("rank 3");
-        assert_eq!(LastWords::read(&path), None);
-        for (text, from_peer) in [("a\n\"b\"", true), ("own", false)] {
-            let words = LastWords {
-                text: text.into(),
-                from_peer,
-            };
-            words.write(&path).unwrap();
-            assert_eq!(LastWords::read(&path), Some(words));
-        }
-    }
 
     #[test]
     fn an_unsupervised_process_has_no_listener_and_reports_to_nobody() {

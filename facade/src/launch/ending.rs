@@ -4,7 +4,28 @@ use std::{os::unix::process::ExitStatusExt, process::ExitStatus};
 
 use signal_hook::low_level::signal_name;
 
-use super::child::LastWords;
+use super::words::LastWords;
+
+/// A rank of a supervised job failed, and is the first cause.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{text}")]
+pub struct RankFailed {
+    rank: usize,
+    exit_code: u8,
+    text: String,
+}
+
+impl RankFailed {
+    /// The rank.
+    pub fn rank(&self) -> usize {
+        self.rank
+    }
+
+    /// What a shell would say of it: its exit code, or 128 and the number of the signal that killed it.
+    pub fn exit_code(&self) -> u8 {
+        self.exit_code
+    }
+}
 
 /// How one rank ended.
 #[derive(Clone, Debug)]
@@ -38,6 +59,18 @@ impl Ending {
             Some(words) if words.from_peer => Cause::Peer,
             _ => Cause::Own,
         })
+    }
+
+    pub(super) fn failure(&self) -> RankFailed {
+        let code = match (self.status.signal(), self.status.code()) {
+            (Some(signal), _) => 128 + signal,
+            (None, code) => code.unwrap_or(1),
+        };
+        RankFailed {
+            rank: self.rank,
+            exit_code: u8::try_from(code).unwrap_or(1),
+            text: self.text(),
+        }
     }
 
     /// "rank 2 was killed by signal 9 (SIGKILL)"; "rank 1 failed: the file is gone".

@@ -2,142 +2,143 @@
 //! leaves a process behind.
 
 use std::{
-    ffi::OsString,
-    net::{SocketAddr, TcpListener},
-    os::{
-        fd::{AsFd, OwnedFd},
-        unix::process::CommandExt,
-    },
-    path::{Path, PathBuf},
+    os::fd::{AsFd, OwnedFd},
     process::{Child, Command, Stdio},
     time::Duration,
 };
 
-use fabric_engine::{clock::Clock, rendezvous::Secret};
+use fabric_engine::clock::Clock;
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open},
 };
+use signal_hook::low_level::emulate_default_handler;
 
 use super::{
-    child::{ERROR_FILE, LISTENER, LastWords},
-    ending::{Cause, Ending, first_cause},
+    ending::{Cause, Ending, RankFailed, first_cause},
     inbox::Inbox,
+    job::{Job, Told},
+    output::{Output, Printer},
+    words::Slate,
 };
 use crate::{Error, Result};
 
 const GRACE: Duration = Duration::from_secs(2); // from SIGTERM to SIGKILL
 const COURTESY: Duration = Duration::from_millis(250); // for the true culprit to finish its last words
 const LOOK: Duration = Duration::from_millis(5); // between looks, on a kernel without pidfds
+const OTHERS: Duration = Duration::from_secs(3); // for the ranks of other machines to end, before all start again
 
-/// Run this program again `count` times, with the same arguments, as ranks 0 to `count - 1` of one job on this machine,
-/// and wait for all of them.
+/// Run a program as the ranks of one job, and wait for all of them: `supervise(4)` runs this program again, with the same
+/// arguments, as ranks 0 to 3; a [`Job`] says more.
 ///
-/// Each rank finds its place in `FABRIC_*` variables (see [`crate::environment::Place`]); rank 0's standard input is
-/// the listener at which all meet, the others' is empty. Cores are divided among ranks (`RAYON_NUM_THREADS`,
-/// `OMP_NUM_THREADS`) unless the user did. SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 are passed on; a second SIGINT or
-/// SIGTERM ends the job. When a rank fails, the others get SIGTERM and, 2 s later, SIGKILL.
+/// Each rank finds its place in `FABRIC_*` variables (see [`crate::environment::Own`]); rank 0's standard input is
+/// the listener at which all meet, the others' is empty. Cores that this process may use are divided among its ranks
+/// (`RAYON_NUM_THREADS`, `OMP_NUM_THREADS`) unless the user did. SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 are passed on;
+/// a second SIGINT or SIGTERM ends the job. When a rank fails, the others get SIGTERM and, 2 s later, SIGKILL.
+///
+/// When SIGINT, SIGTERM or SIGHUP has ended the ranks, this process dies by the same signal, as a shell expects, and this
+/// function does not return. It returns when the ranks took the signal as a reason to end well.
 ///
 /// # Errors
-/// When a rank cannot be started, and when one fails: the error shows the first cause.
-pub fn supervise(count: usize) -> Result<()> {
-    if count == 0 {
-        return Err(Error::argument("0 ranks to start", "Ask for at least one"));
+/// When a rank cannot be started, and when one fails: a [`RankFailed`] that shows the first cause.
+pub fn supervise(job: impl Into<Job>) -> Result<()> {
+    let job = job.into();
+    job.check()?;
+    let ranks = job.node_rank * job.local..(job.node_rank + 1) * job.local;
+    job.output.prepare(ranks)?;
+    let mut restart = 0;
+    loop {
+        let failure = match run(&job, restart)? {
+            Outcome::Done => return Ok(()),
+            Outcome::Failed(failure) => failure,
+            Outcome::Ended(signal, failure) => {
+                if let Some(failure) = failure {
+                    eprintln!("fabric: {failure}");
+                }
+                emulate_default_handler(signal.as_raw())?;
+                return Err(Error::new("a signal ended the job")); // it was one that does not kill
+            }
+        };
+        if restart == job.restarts {
+            return Err(failure.into());
+        }
+        restart += 1;
+        eprintln!(
+            "fabric: {failure}; starting all ranks again ({restart} of {})",
+            job.restarts
+        );
+        if job.nodes > 1 {
+            Clock::machine().sleep(OTHERS);
+        }
     }
-    let program = std::env::current_exe()?;
-    let listener = TcpListener::bind("127.0.0.1:0")?;
-    let shared = Shared {
-        world: count,
-        address: listener.local_addr()?,
-        secret: Secret::random_text()?,
+}
+
+/// How a job ended.
+enum Outcome {
+    Done,
+    Failed(RankFailed),
+    /// A signal to the supervisor asked for it; what went wrong besides.
+    Ended(Signal, Option<RankFailed>),
+}
+
+fn run(job: &Job, restart: usize) -> Result<Outcome> {
+    let meeting = job.meet()?;
+    let told = Told {
+        address: meeting.address,
+        secret: meeting.secret,
         supervisor: std::process::id(),
+        restart,
         cores: std::thread::available_parallelism().map_or(1, usize::from),
     };
-    let mut listener = Some(listener);
-    watch(count, |rank, error_file| {
-        let mut arguments = std::env::args_os();
-        let mut command = Command::new(&program);
-        if let Some(name) = arguments.next() {
-            command.arg0(name);
-        }
+    let mut listener = meeting.listener;
+    let first = job.node_rank * job.local;
+    watch(first, job.local, &job.output, |local_rank, slate| {
+        let mut command = job.command(local_rank, &told, slate.path());
         let stdin = listener
             .take()
             .map(|listener| Stdio::from(OwnedFd::from(listener)));
-        let is_set = |name: &str| std::env::var_os(name).is_some();
-        command
-            .args(arguments)
-            .envs(shared.variables(rank, error_file, &is_set))
-            .stdin(stdin.unwrap_or_else(Stdio::null));
-        if rank > 0 {
-            command.env_remove(LISTENER);
-        }
+        command.stdin(stdin.unwrap_or_else(Stdio::null));
         command
     })
 }
 
-/// What all ranks of a job are told.
-struct Shared {
-    world: usize,
-    address: SocketAddr,
-    secret: String,
-    supervisor: u32,
-    cores: usize,
-}
-
-impl Shared {
-    /// The environment of `rank`, on top of the supervisor's own.
-    fn variables(
-        &self,
-        rank: usize,
-        error_file: &Path,
-        is_set: &dyn Fn(&str) -> bool,
-    ) -> Vec<(&'static str, OsString)> {
-        let mut variables: Vec<(&'static str, OsString)> = vec![
-            ("FABRIC_RANK", rank.to_string().into()),
-            ("FABRIC_WORLD_SIZE", self.world.to_string().into()),
-            ("FABRIC_LOCAL_RANK", rank.to_string().into()),
-            ("FABRIC_LOCAL_WORLD_SIZE", self.world.to_string().into()),
-            ("FABRIC_NODE_RANK", "0".into()),
-            ("FABRIC_ADDR", self.address.ip().to_string().into()),
-            ("FABRIC_PORT", self.address.port().to_string().into()),
-            ("FABRIC_SECRET", self.secret.clone().into()),
-            ("FABRIC_SUPERVISOR", self.supervisor.to_string().into()),
-            (ERROR_FILE, error_file.into()),
-        ];
-        if rank == 0 {
-            variables.push((LISTENER, "stdin".into()));
-        }
-        let threads = (self.cores / self.world).max(1);
-        for name in ["RAYON_NUM_THREADS", "OMP_NUM_THREADS"] {
-            if !is_set(name) {
-                variables.push((name, threads.to_string().into()));
-            }
-        }
-        variables
-    }
-}
-
-/// Start `count` commands and wait for all.
+/// Start `count` commands, which are the ranks from `first` on, and wait for all.
 ///
 /// The kernel binds a child's parent-death signal to the *thread* that started it, so the thread that starts the ranks
 /// is the one that waits for them: were it to end earlier, the ranks would be killed with it.
-fn watch(count: usize, mut command: impl FnMut(usize, &Path) -> Command) -> Result<()> {
-    let folder = tempfile::Builder::new().prefix("fabric-").tempdir()?;
+fn watch(
+    first: usize,
+    count: usize,
+    output: &Output,
+    mut command: impl FnMut(usize, &Slate) -> Command,
+) -> Result<Outcome> {
     let mut inbox = Inbox::open()?; // before the first rank: a signal that comes now must reach it
     let mut ranks = Ranks::default();
-    for rank in 0..count {
-        let error_file = folder.path().join(format!("rank-{rank}"));
-        let mut command = command(rank, &error_file);
+    let mut printer = Printer::new();
+    for local_rank in 0..count {
+        let (rank, slate) = (first + local_rank, Slate::new()?);
+        let mut command = command(local_rank, &slate);
+        if !output.is_direct() {
+            command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        }
         let child = command.spawn().map_err(|why| {
             let program = command.get_program().to_string_lossy().into_owned();
             Error::argument(
-                format!("rank {rank} of {count} cannot be started ({program}): {why}"),
+                format!("rank {rank} cannot be started ({program}): {why}"),
                 "Ask for fewer devices, or see whether this user may start more processes (ulimit -u)",
             )
         })?;
-        ranks.living.push(Running::new(rank, child, error_file));
+        ranks.living.push(Running::new(rank, child, slate));
+        let child = ranks.living.last_mut().map(|running| &mut running.child);
+        if let Some(child) = child {
+            printer.take(rank, child, output)?;
+        }
     }
-    ranks.see_through(&mut inbox, &Clock::machine())
+    printer.start()?;
+    let outcome = ranks.see_through(&mut inbox, &Clock::machine());
+    drop(inbox); // whoever reads our output may be slow: signals need not wait for that
+    printer.finish();
+    outcome
 }
 
 /// What the supervisor is about to do to the living ranks.
@@ -166,15 +167,15 @@ struct Running {
     child: Child,
     /// Readable when the process has ended.
     ended: Option<OwnedFd>,
-    error_file: PathBuf,
+    slate: Slate,
     sent: Vec<i32>,
 }
 
 impl Ranks {
     /// Wait until all have ended.
-    fn see_through(&mut self, inbox: &mut Inbox, clock: &Clock) -> Result<()> {
+    fn see_through(&mut self, inbox: &mut Inbox, clock: &Clock) -> Result<Outcome> {
         let mut phase = Phase::Run;
-        let mut asked_to_end = false;
+        let mut asked_to_end = None;
         loop {
             let before = self.endings.len();
             self.reap()?;
@@ -188,18 +189,23 @@ impl Ranks {
             phase = self.next_phase(phase, &causes, clock.now());
             self.sleep(inbox, phase, clock.now());
             for signal in inbox.read() {
-                let ends = matches!(signal, Signal::INT | Signal::TERM);
-                if ends && asked_to_end && matches!(phase, Phase::Run) {
-                    phase = Phase::TermAt(clock.now());
+                if matches!(signal, Signal::INT | Signal::TERM | Signal::HUP) {
+                    if asked_to_end.is_some() && matches!(phase, Phase::Run) {
+                        phase = Phase::TermAt(clock.now());
+                    }
+                    asked_to_end.get_or_insert(signal);
                 }
-                asked_to_end |= ends;
                 self.send(signal);
             }
         }
-        match first_cause(&self.endings) {
-            None => Ok(()),
-            Some(first) => Err(Error::new(first.text())),
-        }
+        Ok(match (first_cause(&self.endings), asked_to_end) {
+            (None, _) => Outcome::Done,
+            (Some(first), None) => Outcome::Failed(first.failure()),
+            (Some(first), Some(signal)) => {
+                let own = first.cause() == Some(Cause::Own);
+                Outcome::Ended(signal, own.then(|| first.failure()))
+            }
+        })
     }
 
     /// A failure ends the others: at once when it is the rank's own, and a moment later when it only echoes another
@@ -232,12 +238,9 @@ impl Ranks {
                 None => index += 1,
                 Some(status) => {
                     let Running {
-                        rank,
-                        error_file,
-                        sent,
-                        ..
+                        rank, slate, sent, ..
                     } = self.living.remove(index);
-                    let words = LastWords::read(&error_file);
+                    let words = slate.read();
                     self.endings.push(Ending {
                         rank,
                         status,
@@ -305,13 +308,13 @@ impl Drop for Ranks {
 }
 
 impl Running {
-    fn new(rank: usize, child: Child, error_file: PathBuf) -> Self {
+    fn new(rank: usize, child: Child, slate: Slate) -> Self {
         let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
         Self {
             rank,
             ended: pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()),
             child,
-            error_file,
+            slate,
             sent: Vec::new(),
         }
     }
@@ -320,80 +323,41 @@ impl Running {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::environment::Place;
-
-    fn shared(world: usize, cores: usize) -> Shared {
-        Shared {
-            world,
-            address: "127.0.0.1:4321".parse().unwrap(),
-            secret: "00ff".into(),
-            supervisor: 77,
-            cores,
-        }
-    }
-
-    fn value(variables: &[(&str, OsString)], name: &str) -> Option<String> {
-        let found = variables.iter().find(|(known, _)| *known == name);
-        found.map(|(_, value)| value.to_str().unwrap().to_owned())
-    }
-
-    #[test]
-    fn a_rank_finds_its_place_in_what_the_supervisor_sets() {
-        for rank in 0..3 {
-            let variables = shared(3, 8).variables(rank, Path::new("words"), &|_| false);
-            let place = Place::detect(&|name| value(&variables, name))
-                .unwrap()
-                .unwrap();
-            assert_eq!(
-                (place.rank, place.local_rank, place.node_rank),
-                (rank, rank, 0)
-            );
-            assert_eq!((place.world, place.local_world), (3, 3));
-            assert_eq!(place.address, "127.0.0.1:4321".parse().unwrap());
-            assert!(place.supervised && place.secret.is_given());
-            assert_eq!(value(&variables, LISTENER).is_some(), rank == 0);
-            assert_eq!(value(&variables, ERROR_FILE).unwrap(), "words");
-        }
-    }
-
-    #[test]
-    fn cores_are_divided_unless_the_user_did() {
-        let threads = |world, cores, set: &'static str| {
-            let variables = shared(world, cores).variables(0, Path::new("w"), &|name| name == set);
-            (
-                value(&variables, "RAYON_NUM_THREADS"),
-                value(&variables, "OMP_NUM_THREADS"),
-            )
-        };
-        assert_eq!(threads(2, 9, ""), (Some("4".into()), Some("4".into())));
-        assert_eq!(threads(4, 2, ""), (Some("1".into()), Some("1".into())));
-        assert_eq!(threads(2, 8, "OMP_NUM_THREADS"), (Some("4".into()), None));
-    }
+    use crate::launch::child::ERROR_FILE;
 
     /// Supervise shell scripts, one a rank; they know where their last words go.
-    fn scripts(scripts: &[&str]) -> (Result<()>, Duration) {
+    fn scripts(scripts: &[&str]) -> (Outcome, Duration) {
         let clock = Clock::machine();
-        let result = watch(scripts.len(), |rank, error_file| {
+        let outcome = watch(0, scripts.len(), &Output::default(), |rank, slate| {
             let mut command = Command::new("sh");
             command
                 .args(["-c", scripts[rank]])
-                .env(ERROR_FILE, error_file)
+                .env(ERROR_FILE, slate.path())
                 .stdin(Stdio::null());
             command
         });
-        (result, clock.now())
+        (outcome.unwrap(), clock.now())
     }
 
     fn failure(list: &[&str]) -> (String, Duration) {
-        let (result, time) = scripts(list);
-        (result.unwrap_err().to_string(), time)
+        let (failure, time) = failed(list);
+        (failure.to_string(), time)
+    }
+
+    fn failed(list: &[&str]) -> (RankFailed, Duration) {
+        match scripts(list) {
+            (Outcome::Failed(failure), time) => (failure, time),
+            _ => panic!("a rank fails"),
+        }
     }
 
     #[test]
     fn all_succeed() {
-        scripts(&["exit 0", "sleep 0.05", "true"]).0.unwrap();
+        let outcome = scripts(&["exit 0", "sleep 0.05", "true"]).0;
+        assert!(matches!(outcome, Outcome::Done));
     }
 
+    // LAU-02, line 10
     #[test]
     fn a_failure_ends_the_others_at_once() {
         let (text, time) = failure(&["exec sleep 60", "exit 3", "exec sleep 60"]);
@@ -403,8 +367,13 @@ mod tests {
 
     #[test]
     fn a_killed_rank_is_named_with_its_signal() {
-        let (text, _) = failure(&["exec sleep 60", "exec sleep 60", "kill -9 $$"]);
-        assert_eq!(text, "rank 2 was killed by signal 9 (SIGKILL)");
+        let (failure, _) = failed(&["exec sleep 60", "exec sleep 60", "kill -9 $$"]);
+        assert_eq!(
+            failure.to_string(),
+            "rank 2 was killed by signal 9 (SIGKILL)"
+        );
+        assert_eq!((failure.rank(), failure.exit_code()), (2, 137));
+        assert_eq!(failed(&["exit 7"]).0.exit_code(), 7);
     }
 
     #[test]
@@ -435,14 +404,14 @@ mod tests {
     #[test]
     fn a_rank_that_cannot_start_ends_those_that_have() {
         let clock = Clock::machine();
-        let error = watch(2, |rank, _| {
+        let error = watch(0, 2, &Output::default(), |rank, _| {
             let mut command = Command::new(["sleep", "./no such program"][rank]);
             command.arg("60");
             command
         });
-        let text = error.unwrap_err().to_string();
+        let text = error.err().unwrap().to_string();
         assert!(
-            text.contains("rank 1 of 2") && text.contains("no such program"),
+            text.contains("rank 1 cannot be started") && text.contains("no such program"),
             "{text}"
         );
         assert!(clock.now() < Duration::from_secs(10));

@@ -91,7 +91,7 @@ impl Devices {
     }
 }
 
-fn unreadable(text: &str) -> Error {
+pub(super) fn unreadable(text: &str) -> Error {
     Error::argument(
         format!("devices = '{text}'"),
         "Give a number of processes, like 2, a list of devices, like \"0,2\", -1 for all, or \"auto\"",

@@ -10,7 +10,7 @@ pub use crate::precision::Precision;
 use crate::{
     accelerator::{Found, Hardware},
     checkpoint::StateDictType,
-    environment::Place,
+    environment::{Detection, Place},
     error::{Error, Result},
     strategy::{self, Preset, Strategy},
 };
@@ -63,19 +63,24 @@ impl Resolved {
     }
 }
 
-/// Resolve a request on this `hardware`, where an environment may have started ranks already: this one is `outside`.
+/// Resolve a request on this `hardware`, where a launcher may have started ranks already, of which this is one.
 ///
 /// # Errors
 /// When a name is unknown, a device is not there, or the choices contradict each other or the ranks that were started.
 pub fn resolve(
     request: &Request,
-    outside: Option<&Place>,
+    started_by: Option<&Detection>,
     hardware: &Hardware,
 ) -> Result<Resolved> {
     let mut reasons = Vec::new();
     let found = accelerator(request.accelerator.as_deref(), hardware, &mut reasons)?;
-    let (device_indices, num_nodes, world_size) = match outside {
-        Some(place) => started(request, place, &mut reasons)?,
+    if let Some(detection) = started_by {
+        reasons.push(detection.reason.clone());
+        reasons.extend(detection.remarks.iter().cloned());
+    }
+    let place = started_by.and_then(|detection| detection.place.as_ref());
+    let (device_indices, num_nodes, world_size) = match place {
+        Some(place) => started(request, place)?,
         None => asked(request, found, &mut reasons)?,
     };
     let preset = strategy(request, world_size, num_nodes, &mut reasons)?;
@@ -168,54 +173,19 @@ fn accelerator<'a>(
 
 /// Devices, machines and ranks, where a launcher has started them: what was asked for must be what is there, because a
 /// rank that believes in another world trains on another share of the data.
-fn started(
-    request: &Request,
-    place: &Place,
-    reasons: &mut Vec<String>,
-) -> Result<(Vec<usize>, usize, usize)> {
-    let Place {
-        world,
-        local_world,
-        source,
-        ..
-    } = *place;
+fn started(request: &Request, place: &Place) -> Result<(Vec<usize>, usize, usize)> {
+    let asked = match &request.devices {
+        Devices::Auto | Devices::All => None,
+        Devices::Count(count) => Some(*count),
+        Devices::List(list) => Some(list.len()),
+        Devices::Unreadable(text) => return Err(devices::unreadable(text)),
+    };
+    place.validate(asked, request.num_nodes)?;
     let list = match &request.devices {
-        Devices::List(list) => list.clone(),
-        _ => (0..local_world).collect(),
+        Devices::List(list) if list.len() == place.local_world => list.clone(),
+        _ => (0..place.local_world).collect(),
     };
-    let mismatch = |asked: String, is: String| {
-        Err(Error::argument(
-            format!("{asked} was asked for, but {source} has started {is}"),
-            format!("Ask {source} for as many, or leave it open in the program"),
-        ))
-    };
-    match &request.devices {
-        Devices::Unreadable(text) => return Devices::parse(text).map(|_| unreachable!()),
-        Devices::Count(count) if *count != local_world => {
-            return mismatch(
-                format!("devices = {count}"),
-                format!("{local_world} ranks on this machine"),
-            );
-        }
-        Devices::List(list) if list.len() != local_world => {
-            return mismatch(
-                format!("devices = {}", request.devices),
-                format!("{local_world} ranks on this machine"),
-            );
-        }
-        _ => {}
-    }
-    let nodes = world.div_ceil(local_world);
-    if let Some(asked) = request.num_nodes
-        && asked != nodes
-    {
-        return mismatch(
-            format!("num_nodes = {asked}"),
-            format!("{world} ranks, {local_world} of them on this machine"),
-        );
-    }
-    reasons.push(format!("{world} ranks: {source} has started them"));
-    Ok((list, nodes, world))
+    Ok((list, place.nodes, place.world))
 }
 
 /// Devices, machines and ranks, where `launch` will start them.

@@ -1,9 +1,6 @@
 //! Resolution: every choice on every hardware, every refusal, every reason.
 
-use fabric_engine::{
-    rendezvous::Secret,
-    shard::placement::{DDP, FSDP},
-};
+use fabric_engine::shard::placement::{DDP, FSDP};
 
 use super::*;
 
@@ -50,17 +47,17 @@ fn request(accelerator: &str, strategy: &str, devices: impl Into<Devices>) -> Re
     }
 }
 
-fn place(world: usize, local_world: usize) -> Place {
-    Place {
-        rank: 0,
-        world,
-        local_rank: 0,
+/// Ranks that torchrun has started.
+fn place(world: usize, local_world: usize) -> Detection {
+    let place = Place {
         local_world,
-        node_rank: 0,
-        address: "127.0.0.1:1".parse().unwrap(),
-        secret: Secret::none(),
-        source: "torchrun",
-        supervised: false,
+        nodes: world / local_world,
+        ..Place::new("torchrun", 0, world, ([127, 0, 0, 1], 1).into())
+    };
+    Detection {
+        reason: format!("ranks: {world}, started by torchrun"),
+        place: Some(place),
+        remarks: Vec::new(),
     }
 }
 
@@ -215,7 +212,7 @@ fn fsdp_runs_on_a_cpu_and_dp_is_ddp() {
 #[test]
 fn bug_01_a_world_that_was_not_asked_for_is_refused() {
     let bare = machine(0, true);
-    let of = |devices: Devices, num_nodes, place: &Place| {
+    let of = |devices: Devices, num_nodes, place: &Detection| {
         let request = Request {
             devices,
             num_nodes,
@@ -236,7 +233,7 @@ fn bug_01_a_world_that_was_not_asked_for_is_refused() {
     ] {
         let text = of(devices, nodes, &place).unwrap_err().to_string();
         assert!(
-            text.contains("was asked for, but torchrun has started"),
+            text.contains("were asked for") && text.contains("but torchrun started"),
             "{text}"
         );
     }

@@ -1,8 +1,6 @@
-//! The command line: `fabric plan` says what a job would need, before there is one.
+//! `fabric plan` says what a job would need, before there is one.
 
-use std::io::{ErrorKind, Write};
-
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::ValueEnum;
 use fabric::{
     Error, Result,
     engine::{
@@ -12,26 +10,13 @@ use fabric::{
     planner::{Description, parse_bytes, parse_count, published},
 };
 
-/// Lightning Fabric for Rust
-#[derive(Parser)]
-#[command(version)]
-struct Args {
-    #[command(subcommand)]
-    command: Command,
-}
-
-#[derive(Subcommand)]
-enum Command {
-    Plan(PlanArgs),
-}
-
 /// Say what a rank would need and send, from a description alone: no model, no ranks, no device
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   fabric plan --params 70b --layers 80 --world 64 --strategy fsdp --precision bf16-mixed --memory 80g
   fabric plan --params 7.5b --layers 36 --world 64 --strategy zero1 --precision 16-mixed
   fabric plan --params 13b --layers 40 --world 32 --strategy hsdp --group 8 --gb-per-s 25 --latency-us 8")]
-struct PlanArgs {
+pub(crate) struct PlanArgs {
     /// Parameters: 70b, 1.3b, 350m
     #[arg(long)]
     params: String,
@@ -85,17 +70,7 @@ enum Optimizer {
     Sgd,
 }
 
-fn main() -> Result<()> {
-    let text = match Args::parse().command {
-        Command::Plan(args) => plan(&args)?,
-    };
-    match std::io::stdout().write_all(text.as_bytes()) {
-        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()), // `| head`
-        result => Ok(result?),
-    }
-}
-
-fn plan(args: &PlanArgs) -> Result<String> {
+pub(crate) fn plan(args: &PlanArgs) -> Result<String> {
     let params = parse_count(&args.params)?;
     let memory = args.memory.as_deref().map(parse_bytes).transpose()?;
     if args.micro_batches == 0 {

@@ -1,0 +1,61 @@
+//! The command line: `fabric run` starts a program on several ranks, `fabric plan` says what a job would need.
+
+mod plan;
+mod program;
+mod run;
+
+use std::{
+    io::{ErrorKind, Write},
+    process::ExitCode,
+};
+
+use clap::{CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
+use fabric::{Result, launch::RankFailed};
+
+/// Lightning Fabric for Rust
+#[derive(Parser)]
+#[command(name = "fabric", version)]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Run(run::RunArgs),
+    Plan(plan::PlanArgs),
+    /// Print a shell's completions: fabric completions bash > ~/.local/share/bash-completion/completions/fabric
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+    #[command(hide = true)]
+    ExecRank(program::ExecArgs),
+}
+
+fn main() -> ExitCode {
+    let result = match Args::parse().command {
+        Command::Run(args) => run::run(args),
+        Command::Plan(args) => plan::plan(&args).and_then(|text| print(text.as_bytes())),
+        Command::Completions { shell } => {
+            let mut text = Vec::new();
+            clap_complete::generate(shell, &mut Args::command(), "fabric", &mut text);
+            print(&text)
+        }
+        Command::ExecRank(args) => program::exec(&args),
+    };
+    let Err(error) = result else {
+        return ExitCode::SUCCESS;
+    };
+    eprintln!("fabric: {error}");
+    let rank = error.downcast_ref::<RankFailed>();
+    ExitCode::from(rank.map_or(1, RankFailed::exit_code))
+}
+
+fn print(text: &[u8]) -> Result<()> {
+    match std::io::stdout().write_all(text) {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()), // `| head`
+        result => Ok(result?),
+    }
+}
