@@ -461,7 +461,7 @@ fn ranks_that_other_launchers_start_find_each_other() {
             let own = own
                 .split_whitespace()
                 .filter_map(|word| word.split_once('='));
-            let mut command = program(TRAIN, &["2", "20"]);
+            let mut command = program(TRAIN, &["auto", "20"]); // as many as the launcher says
             command.envs(own).spawn().unwrap()
         });
         let ranks = ranks.map(finish);

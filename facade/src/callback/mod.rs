@@ -46,6 +46,10 @@ use crate::{
 pub(crate) struct Callbacks(Vec<Arc<Turn<Box<dyn Callback>>>>);
 
 impl Callbacks {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     pub(crate) fn add(&mut self, callback: Box<dyn Callback>) {
         self.0.push(Arc::new(Turn::new(callback)));
     }

@@ -65,6 +65,9 @@ impl<O: Optimizer> FabricOptimizer<O> {
     }
 
     fn announce(&self, skipped: bool) -> Result<()> {
+        if lock(&self.fabric.inner.callbacks).is_empty() {
+            return Ok(()); // a step that nobody listens to allocates nothing
+        }
         let mut state = LoopState::default();
         state.learning_rates.set("lr", self.learning_rate());
         let moment = state.moment().view(ModelView::of(&self.core));

@@ -1,4 +1,4 @@
-//! A training program for the process tests: trains the small problem on `--devices N`, and can be told to misbehave.
+//! A training program for the process tests: trains the small problem on N devices, and can be told to misbehave.
 //!
 //! `train N steps [fault]`, where fault is one of `hang:R` (rank R stops joining), `models` (rank 1 builds another
 //! model), `twice` (two jobs, one after the other), `error:R` (rank R returns an error in step 3), `panic:R`, `exit:R` (rank R leaves without a word).
@@ -20,7 +20,7 @@ fn main() -> Result<()> {
     let who = who.parse::<usize>().ok();
     let strategy = std::env::var("TEST_STRATEGY").unwrap_or_else(|_| "auto".into());
     let fabric = Fabric::builder()
-        .devices(number(0) as usize)
+        .devices(args.first().map_or("auto", String::as_str))
         .strategy(&strategy)
         .build()?;
     if kind == "twice" {
