@@ -4,6 +4,7 @@
 
 use std::{
     collections::BTreeSet,
+    io::Read,
     net::{TcpListener, UdpSocket},
     os::unix::process::ExitStatusExt,
     path::Path,
@@ -199,6 +200,18 @@ fn lines_are_prefixed_whole_and_kept_in_files() {
         out(&run(&script(&["--prefix"], "echo hi")).0),
         "[rank 0] hi\n"
     );
+}
+
+#[test]
+fn a_reader_that_leaves_ends_ranks_that_would_print_for_ever() {
+    let mut child = cli(&["--devices", "2", "yes"]).spawn().unwrap();
+    let mut out = child.stdout.take().unwrap();
+    let mut begin = [0; 64];
+    out.read_exact(&mut begin).unwrap();
+    drop(out);
+    let (output, text) = finish(child);
+    assert_eq!(output.status.code(), Some(128 + 13), "{text}");
+    assert!(text.contains("(SIGPIPE)"), "{text}");
 }
 
 #[test]

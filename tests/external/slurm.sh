@@ -81,6 +81,10 @@ FABRIC_ADDR=127.0.0.1 srun -N 2 -n 3 "$example" auto
 FABRIC_ADDR=127.0.0.1 srun -N 2 -n 3 -m cyclic "$example" auto
 echo "== the same, at the first node's name, which this machine does not know"
 srun -N 2 -n 3 "$example" auto 2>&1 | grep '^Error' | head -n 1 || true
+echo "== srun in an allocation of salloc's, which calls every job \"interactive\""
+salloc --quiet -N 1 -n 2 srun "$example" auto
+echo "== srun in the shell of srun --pty, and the shell's own program"
+script -qc "srun -N 1 -n 1 -c 2 --pty bash -c 'srun --overlap -n 2 -c 1 $example auto; $example auto'" /dev/null | tr -d '\r' | sed 's/^^@//'
 
 batch() { # name, options, script
     printf '#!/bin/sh\n%s\n' "$3" >"$work/$1.sh"

@@ -1,6 +1,9 @@
 //! SLURM's variables, as `srun` sets them for every task of a step.
 
-use std::path::Path;
+use std::{
+    io::{self, IsTerminal},
+    path::Path,
+};
 
 use super::{
     Applies, ClusterEnvironment, Lookup, Place,
@@ -13,9 +16,9 @@ use crate::{Error, Result};
 /// The environment of SLURM: the tasks of a step of `srun` are ranks.
 ///
 /// A batch script or an allocation's shell is no rank, although SLURM sets `SLURM_PROCID=0` there: a program that is
-/// started in it without `srun` starts its ranks itself, and is told about `srun`. Nor is an interactive shell
-/// (`srun --pty`, or a job called "interactive"), nor the only task of a step, in which a program may start as many ranks
-/// as it likes.
+/// started in it without `srun` starts its ranks itself, and is told about `srun`. Nor is what a shell on a terminal runs
+/// (`srun --pty bash`, `salloc`), nor the only task of a step, in which a program may start as many ranks as it likes. The
+/// job's name says nothing: `salloc` calls every job "interactive", also those in which srun starts tasks.
 ///
 /// ```text
 /// #!/bin/bash
@@ -31,8 +34,13 @@ pub struct Slurm;
 
 /// The step of an allocation's own shell.
 const INTERACTIVE_STEP: &str = "4294967290";
-/// Set by srun --pty.
+/// Set by srun --pty, for its shell and all that is run in it.
 const TERMINAL: [&str; 3] = ["SLURM_PTY_PORT", "SLURM_PTY_WIN_COL", "SLURM_PTY_WIN_ROW"];
+
+/// Whether this process talks with a terminal: tasks of an srun that was started in srun's shell do not.
+fn on_terminal() -> bool {
+    io::stdin().is_terminal() || io::stdout().is_terminal() || io::stderr().is_terminal()
+}
 
 impl ClusterEnvironment for Slurm {
     fn name(&self) -> &'static str {
@@ -40,35 +48,7 @@ impl ClusterEnvironment for Slurm {
     }
 
     fn applies(&self, get: Lookup<'_>) -> Applies {
-        let Some(job) = get("SLURM_JOB_ID").or_else(|| get("SLURM_JOBID")) else {
-            return Applies::No;
-        };
-        let tasks = ["SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS"];
-        let tasks = tasks
-            .iter()
-            .find_map(|name| get(name)?.parse::<usize>().ok());
-        let step = get("SLURM_STEP_ID").or_else(|| get("SLURM_STEPID"));
-        let name = get("SLURM_JOB_NAME").unwrap_or_default();
-        let shell = Variables::any(get, &TERMINAL)
-            || step.as_deref() == Some(INTERACTIVE_STEP)
-            || name == "interactive";
-        let count = tasks.unwrap_or(1);
-        match step {
-            _ if shell => Applies::Not(format!(
-                "SLURM's job {job} is interactive, so this process is none of its tasks"
-            )),
-            None => Applies::Not(without_step(&job, count, get)),
-            Some(_) if mpirun_inside(get) => Applies::Not(format!(
-                "mpirun was started in SLURM's job {job}, so ranks are mpirun's"
-            )),
-            Some(_) if tasks == Some(1) => Applies::Not(format!(
-                "SLURM's job {job} has one task in this step, in which ranks may be started"
-            )),
-            Some(_) => Applies::Yes(format!(
-                "SLURM (job {job}, SLURM_PROCID={})",
-                get("SLURM_PROCID").unwrap_or_default()
-            )),
-        }
+        applies(get, &on_terminal)
     }
 
     fn place(&self, get: Lookup<'_>) -> Result<Place> {
@@ -112,6 +92,36 @@ impl ClusterEnvironment for Slurm {
         };
         let address = meeting(&variables, one_machine, &hosts, port)?;
         variables.place(numbers, address, "slurm")
+    }
+}
+
+fn applies(get: Lookup<'_>, on_terminal: &dyn Fn() -> bool) -> Applies {
+    let Some(job) = get("SLURM_JOB_ID").or_else(|| get("SLURM_JOBID")) else {
+        return Applies::No;
+    };
+    let tasks = ["SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS"];
+    let tasks = tasks
+        .iter()
+        .find_map(|name| get(name)?.parse::<usize>().ok());
+    let step = get("SLURM_STEP_ID").or_else(|| get("SLURM_STEPID"));
+    let shell = step.as_deref() == Some(INTERACTIVE_STEP)
+        || (Variables::any(get, &TERMINAL) && on_terminal());
+    let count = tasks.unwrap_or(1);
+    match step {
+        _ if shell => Applies::Not(format!(
+            "SLURM's job {job} is here, but this process runs in its interactive shell, so it is no task"
+        )),
+        None => Applies::Not(without_step(&job, count, get)),
+        Some(_) if mpirun_inside(get) => Applies::Not(format!(
+            "mpirun was started in SLURM's job {job}, so ranks are mpirun's"
+        )),
+        Some(_) if tasks == Some(1) => Applies::Not(format!(
+            "SLURM's job {job} has one task in this step, in which ranks may be started"
+        )),
+        Some(_) => Applies::Yes(format!(
+            "SLURM (job {job}, SLURM_PROCID={})",
+            get("SLURM_PROCID").unwrap_or_default()
+        )),
     }
 }
 
@@ -237,7 +247,11 @@ mod tests {
     ];
 
     fn applies(changes: &[(&str, &str)]) -> Applies {
-        lookup(STEP, changes, |get| Slurm.applies(get))
+        on_terminal(changes, false)
+    }
+
+    fn on_terminal(changes: &[(&str, &str)], terminal: bool) -> Applies {
+        lookup(STEP, changes, |get| super::applies(get, &|| terminal))
     }
 
     // ENV-02, line 5
@@ -315,19 +329,25 @@ mod tests {
             Applies::Not(reason) => reason,
             other => panic!("{changes:?}: {other:?}"),
         };
-        assert!(not(&[("SLURM_PTY_PORT", "40001")]).contains("interactive"));
-        assert!(not(&[("SLURM_JOB_NAME", "interactive")]).contains("interactive"));
+        let pty = [("SLURM_PTY_PORT", "40001")];
+        let Applies::Not(reason) = on_terminal(&pty, true) else {
+            panic!("a shell's program is no task");
+        };
+        assert!(reason.contains("interactive shell"), "{reason}");
         assert!(not(&[("SLURM_STEP_ID", INTERACTIVE_STEP)]).contains("interactive"));
         assert!(not(&[("SLURM_STEP_NUM_TASKS", "1")]).contains("one task"));
         assert!(not(&[("OMPI_COMM_WORLD_SIZE", "4")]).contains("mpirun's"));
         let batch = [("SLURM_STEP_ID", ""), ("SLURM_STEP_NUM_TASKS", "")];
         assert!(!not(&batch).contains("would start"), "srun is not on PATH");
         assert_eq!(applies(&[("SLURM_JOB_ID", "")]), Applies::No);
-        // A job called "bash" in which srun started several tasks is what it looks like.
-        assert!(matches!(
-            applies(&[("SLURM_JOB_NAME", "bash")]),
-            Applies::Yes(_)
-        ));
+        // What srun starts in such a shell, or in an allocation of salloc's, are tasks.
+        for tasks in [
+            pty[0],
+            ("SLURM_JOB_NAME", "bash"),
+            ("SLURM_JOB_NAME", "interactive"),
+        ] {
+            assert!(matches!(applies(&[tasks]), Applies::Yes(_)), "{tasks:?}");
+        }
     }
 
     // ENV-02, line 7: srun exists, and was not used.

@@ -87,13 +87,13 @@ pub(super) struct Printer {
 
 /// One rank's output or error output.
 struct Stream {
-    source: File,
+    /// Until it has ended.
+    source: Option<File>,
     kind: Kind,
     log: Option<File>,
     prefix: Vec<u8>,
     /// The begin of a line.
     partial: Vec<u8>,
-    open: bool,
 }
 
 impl Printer {
@@ -125,7 +125,7 @@ impl Printer {
             };
             let no_color = std::env::var_os("NO_COLOR").is_some_and(|text| !text.is_empty());
             self.streams.push(Stream {
-                source: pipe.into(),
+                source: Some(pipe.into()),
                 kind,
                 log,
                 prefix: match output.prefix {
@@ -133,7 +133,6 @@ impl Printer {
                     false => Vec::new(),
                 },
                 partial: Vec::new(),
-                open: true,
             });
         }
         Ok(())
@@ -171,12 +170,16 @@ fn prefix(rank: usize, colored: bool) -> String {
 
 /// Read and print until all streams have ended, or `running` has.
 fn copy(streams: &mut [Stream], running: &UnixStream) {
-    while streams.iter().any(|stream| stream.open) {
-        let open: Vec<usize> = (0..streams.len())
-            .filter(|index| streams[*index].open)
-            .collect();
-        let sources = open.iter().map(|index| streams[*index].source.as_fd());
+    loop {
+        let open = streams.iter().enumerate();
+        let (open, sources): (Vec<usize>, Vec<_>) = open
+            .filter_map(|(index, stream)| Some((index, stream.source.as_ref()?.as_fd())))
+            .unzip();
+        if open.is_empty() {
+            return;
+        }
         let mut fds: Vec<_> = sources
+            .into_iter()
             .chain([running.as_fd()])
             .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))
             .collect();
@@ -203,8 +206,10 @@ impl Stream {
     fn read(&mut self, bytes: usize) {
         let mut chunk = [0; 1 << 16];
         let mut count = 0;
-        while count < bytes && self.open {
-            match self.source.read(&mut chunk) {
+        while count < bytes
+            && let Some(source) = &mut self.source
+        {
+            match source.read(&mut chunk) {
                 Ok(0) => self.end(),
                 Ok(length) => {
                     count += length;
@@ -233,7 +238,7 @@ impl Stream {
 
     /// Print a line that was not ended.
     fn end(&mut self) {
-        self.open = false;
+        self.source = None;
         if !self.partial.is_empty() {
             let mut line = std::mem::take(&mut self.partial);
             line.push(b'\n');
@@ -254,11 +259,14 @@ impl Stream {
             text.extend_from_slice(&self.prefix);
             text.extend_from_slice(line);
         }
-        // Whoever reads may have left (`| head`): the ranks go on.
-        let _ = match self.kind {
+        let printed = match self.kind {
             Kind::Out => io::stdout().write_all(&text),
             Kind::Err => io::stderr().write_all(&text),
         };
+        // Whoever reads has left (`| head`): let the rank see it, as if it had written there itself. A file is still read.
+        if printed.is_err() && self.log.is_none() {
+            self.source = None;
+        }
     }
 }
 
