@@ -23,5 +23,6 @@ mod sim;
 mod steady;
 mod steps;
 mod strangers;
+mod telling;
 mod tidy;
 mod zero;

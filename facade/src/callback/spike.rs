@@ -269,7 +269,9 @@ mod tests {
                 .path
                 .ends_with("runs/x.json")
         );
-        [1.0, 0.5, 0.25].into_iter().for_each(|loss| first.remember(loss));
+        [1.0, 0.5, 0.25]
+            .into_iter()
+            .for_each(|loss| first.remember(loss));
         first.state.bad_batches = vec![6, 7];
         let mut second = SpikeDetection::new("runs").window(2);
         second.load_state(&first.state().unwrap()).unwrap();
