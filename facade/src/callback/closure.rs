@@ -5,6 +5,9 @@ use std::any::{Any, type_name};
 use super::{Callback, Hook, Moment};
 use crate::{Error, Fabric, Result};
 
+/// Makes another of a callback, for another rank.
+type Twin<C> = fn(&C) -> Box<dyn Callback>;
+
 /// A callback from a closure, for one of Lightning's moments.
 ///
 /// ```
@@ -34,7 +37,7 @@ where
 pub struct At<F> {
     hook: Hook,
     body: F,
-    twin: Option<fn(&Self) -> Box<dyn Callback>>,
+    twin: Option<Twin<Self>>,
 }
 
 impl<F> At<F>
@@ -99,7 +102,7 @@ where
 pub struct On<P, F> {
     hook: String,
     body: F,
-    twin: Option<fn(&Self) -> Box<dyn Callback>>,
+    twin: Option<Twin<Self>>,
     payload: std::marker::PhantomData<fn(&mut P)>,
 }
 

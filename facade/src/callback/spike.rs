@@ -166,9 +166,7 @@ impl Callback for SpikeDetection {
         let spikes = batch >= self.warmup && moment.loss.is_some_and(|loss| self.is_spike(loss));
         let odd = !moment.loss.is_some_and(f64::is_finite);
         // One collective: has any rank a spike, has any a loss that must not be remembered, has any none?
-        let mut word = [spikes, odd, moment.loss.is_none()]
-            .map(|truth| f64::from(truth))
-            .to_vec();
+        let mut word = [spikes, odd, moment.loss.is_none()].map(f64::from).to_vec();
         fabric.all_reduce(&mut word, ReduceOp::Max)?;
         if word[2] > 0.0 {
             return Err(Error::argument(
