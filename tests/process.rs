@@ -12,7 +12,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-fn train(args: &[&str]) -> Command {
+pub(crate) fn train(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_train"));
     command
         .args(args)
@@ -28,7 +28,7 @@ fn train(args: &[&str]) -> Command {
 }
 
 /// Wait for a child, but not for ever; its output as text.
-fn finish(mut child: Child) -> (Output, String) {
+pub(crate) fn finish(mut child: Child) -> (Output, String) {
     let started = Instant::now();
     let (mut out, mut err) = (child.stdout.take(), child.stderr.take());
     let reader = std::thread::spawn(move || {
@@ -89,7 +89,7 @@ fn lives(pid: u32) -> bool {
         .is_some_and(|rest| !rest.trim_start().starts_with('Z') && !rest.trim().is_empty())
 }
 
-fn signal(signal: Signal, pid: u32) {
+pub(crate) fn signal(signal: Signal, pid: u32) {
     let pid = Pid::from_raw(pid as i32).expect("a process id");
     kill_process(pid, signal).unwrap();
 }

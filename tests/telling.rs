@@ -21,6 +21,9 @@ use fabric::{
     vec::VecModel,
 };
 
+use crate::process::{finish, signal, train};
+use rustix::process::Signal;
+
 const ROWS: [&str; 5] = ["ddp", "zero1", "zero2", "fsdp", "hsdp"];
 const SIZES: [usize; 4] = [7, 33, 1, 12];
 
@@ -374,7 +377,7 @@ fn checkpoints_are_kept_removed_and_gone_on_from() {
         };
         // Every rank has its own number; rank 0's counts.
         let losses = [0.5, 0.2, 0.9, 0.3, 0.8];
-        let outcome = keep().launch_threads(|fabric| train(fabric, &losses, None));
+        let outcome = keep().launch_threads(|fabric| train_with(fabric, &losses, None));
         assert_eq!(outcome.unwrap(), [5, 5]);
         let expected = [
             "checkpoints.json",
@@ -388,7 +391,8 @@ fn checkpoints_are_kept_removed_and_gone_on_from() {
         assert!(latest.ends_with("epoch=4-step=5.ckpt"));
         assert_eq!(latest.is_dir(), strategy == "fsdp");
         // Go on: the callback knows what is there, and removes it when it is time.
-        let outcome = keep().launch_threads(|fabric| train(fabric, &[0.1, 0.15], Some(&latest)));
+        let outcome =
+            keep().launch_threads(|fabric| train_with(fabric, &[0.1, 0.15], Some(&latest)));
         assert_eq!(outcome.unwrap(), [7, 7]);
         let expected = [
             "checkpoints.json",
@@ -401,7 +405,7 @@ fn checkpoints_are_kept_removed_and_gone_on_from() {
 }
 
 /// A loop with a validation after each epoch of one step; returns the steps taken.
-fn train(fabric: &Fabric, losses: &[f64], from: Option<&PathBuf>) -> Result<u64> {
+fn train_with(fabric: &Fabric, losses: &[f64], from: Option<&PathBuf>) -> Result<u64> {
     let (model, mut optimizer) = fabric.setup(model(), AdamW::new(0.1))?;
     let mut state = LoopState::default();
     if let Some(path) = from {
@@ -526,6 +530,68 @@ fn loggers_hear_how_the_job_ended_and_have_every_row() {
                 "version, metric, settings, row, end"
             );
         }
+    }
+}
+
+/// What stands in the only run in `folder`: its rows, and how it ended.
+fn told(folder: &Path) -> (usize, Option<String>) {
+    let text = std::fs::read_to_string(folder.join("version_0/metrics.jsonl")).unwrap_or_default();
+    let lines = text
+        .lines()
+        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    let lines: Vec<_> = lines.collect();
+    let rows: Vec<u64> = lines
+        .iter()
+        .filter_map(|line| line["step"].as_u64())
+        .collect();
+    assert!(
+        rows.iter()
+            .enumerate()
+            .all(|(index, step)| *step == index as u64),
+        "{rows:?}"
+    );
+    let status = lines.last().and_then(|line| line["status"].as_str());
+    (rows.len(), status.map(str::to_string))
+}
+
+// BUG-07, BUG-20
+#[test]
+fn processes_that_are_stopped_leave_all_rows_and_say_how_they_ended() {
+    for (fault, status) in [
+        ("", "success"),
+        ("error:1", "failed"),
+        ("panic:0", "failed"),
+        ("panic:1", "failed"),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let mut command = train(&["2", "5", fault]);
+        let (output, text) = finish(command.env("TEST_LOGS", folder.path()).spawn().unwrap());
+        assert_eq!(output.status.success(), status == "success", "{text}");
+        let rows = if fault.is_empty() { 5 } else { 3 };
+        assert_eq!(
+            told(folder.path()),
+            (rows, Some(status.into())),
+            "{fault}: {text}"
+        );
+    }
+    // Signalled in the middle of a loop that meets the others, and of a step that does not.
+    for (fault, least) in [("", 3), ("alone", 1)] {
+        let folder = tempfile::tempdir().unwrap();
+        let mut command = train(&["2", "100000", fault]);
+        let child = command.env("TEST_LOGS", folder.path()).spawn().unwrap();
+        for look in 0.. {
+            if told(folder.path()).0 >= least {
+                break;
+            }
+            assert!(look < 6000, "nothing was logged");
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        signal(Signal::TERM, child.id());
+        let (output, text) = finish(child);
+        assert!(!output.status.success());
+        let (rows, status) = told(folder.path());
+        assert!(rows >= least);
+        assert_eq!(status.as_deref(), Some("interrupted"), "{fault}: {text}");
     }
 }
 

@@ -141,7 +141,11 @@ impl Fabric {
             return; // who has never joined has logged nothing
         }
         for logger in self.inner.loggers.iter() {
-            let result = logger.take().map(|mut logger| logger.finalize(status));
+            let logger = match status {
+                Status::Interrupted => logger.try_take(), // there is no time to wait
+                _ => logger.take(),
+            };
+            let result = logger.map(|mut logger| logger.finalize(status));
             if let Some(Err(error)) = result {
                 self.warn(format!("a logger could not be finalized: {error}"));
             }

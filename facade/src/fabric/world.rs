@@ -25,6 +25,7 @@ use crate::{
     environment::{self, Place},
     error::{Error, Result},
     launch,
+    logger::Status,
 };
 
 /// Where this rank stands, and its communicator.
@@ -161,6 +162,12 @@ pub(super) fn as_rank<T>(
         launch::on_terminate(world.comm.aborter())?;
         crate::rank_zero::this_process_is(world.rank);
         *fabric.lock_world() = Some(world);
+        let inner = Arc::downgrade(&fabric.inner);
+        launch::before_exit(move || {
+            if let Some(inner) = inner.upgrade() {
+                Fabric { inner }.finalize_with(Status::Interrupted);
+            }
+        });
         fabric.unless_it_panics(body)
     });
     if let Err(error) = &result {

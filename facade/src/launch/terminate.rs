@@ -24,6 +24,9 @@ const FAREWELL: Duration = Duration::from_millis(800); // for the main thread to
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
+type Words = Box<dyn Fn() + Send>;
+static LAST: Mutex<Option<Words>> = Mutex::new(None);
+
 type Slot = Arc<Mutex<Aborter>>;
 
 /// From now on, SIGTERM and SIGINT end this rank in order, within 1.5 s: first the job may tell why it ends (a
@@ -61,6 +64,11 @@ pub fn on_terminate(aborter: Aborter) -> Result<()> {
     Ok(())
 }
 
+/// Run `last` before the process ends by a signal, when the main thread has not ended by itself.
+pub(crate) fn before_exit(last: impl Fn() + Send + 'static) {
+    *LAST.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(last));
+}
+
 /// Whether this process was asked to end by a signal that [`on_terminate`] answers.
 pub(crate) fn was_interrupted() -> bool {
     INTERRUPTED.load(Ordering::Relaxed)
@@ -69,6 +77,9 @@ pub(crate) fn was_interrupted() -> bool {
 fn end(signal: i32, aborter: &Aborter) -> ! {
     let (text, from_peer) = story(signal, aborter, STORY);
     Clock::machine().sleep(FAREWELL);
+    if let Some(last) = LAST.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        last();
+    }
     let _ = io::stderr().write_all(format!("{text}\n").as_bytes()); // in one piece: all ranks speak at once
     report_failure(&text, from_peer);
     std::process::exit(128 + signal)
