@@ -186,7 +186,7 @@ impl Fabric {
     }
 
     /// What all callbacks of this rank have to remember, to be saved: a map from their names, to be given to
-    /// [`crate::State::value`].
+    /// [`crate::State::value`]. A callback that is running is left out: take the states before a moment is announced, not in it.
     ///
     /// # Errors
     /// When a callback cannot write its state.
