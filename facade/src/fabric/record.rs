@@ -129,21 +129,21 @@ impl Fabric {
     pub(super) fn finalize_loggers(&self, error: Option<&Error>) {
         let status = match error {
             None => Status::Success,
-            Some(_) if crate::launch::was_interrupted() => Status::Interrupted,
+            Some(error) if crate::launch::is_interruption(error) => Status::Interrupted,
             Some(_) => Status::Failed,
         };
-        self.finalize_with(status);
+        self.finalize_with(status, true);
     }
 
-    /// Nothing can be returned here: the body's own result counts.
-    pub(super) fn finalize_with(&self, status: Status) {
+    /// Nothing can be returned here: the body's own result counts. Without patience, a logger that is in use is left alone.
+    pub(super) fn finalize_with(&self, status: Status, patient: bool) {
         if !self.is_global_zero() || self.lock_world().is_none() {
             return; // who has never joined has logged nothing
         }
         for logger in self.inner.loggers.iter() {
-            let logger = match status {
-                Status::Interrupted => logger.try_take(), // there is no time to wait
-                _ => logger.take(),
+            let logger = match patient {
+                true => logger.take(),
+                false => logger.try_take(),
             };
             let result = logger.map(|mut logger| logger.finalize(status));
             if let Some(Err(error)) = result {

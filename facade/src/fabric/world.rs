@@ -163,9 +163,13 @@ pub(super) fn as_rank<T>(
         crate::rank_zero::this_process_is(world.rank);
         *fabric.lock_world() = Some(world);
         let inner = Arc::downgrade(&fabric.inner);
-        launch::before_exit(move || {
+        launch::before_exit(move |by_signal| {
             if let Some(inner) = inner.upgrade() {
-                Fabric { inner }.finalize_with(Status::Interrupted);
+                let status = match by_signal {
+                    true => Status::Interrupted,
+                    false => Status::Failed,
+                };
+                Fabric { inner }.finalize_with(status, false);
             }
         });
         fabric.unless_it_panics(body)

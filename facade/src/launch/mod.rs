@@ -17,5 +17,5 @@ pub mod threads;
 pub use child::{die_with_supervisor, inherited_listener, report_failure};
 pub use supervise::supervise;
 pub use terminate::on_terminate;
-pub(crate) use terminate::{before_exit, was_interrupted};
+pub(crate) use terminate::{before_exit, is_interruption};
 pub(crate) use threads::panic_text;
