@@ -25,5 +25,6 @@ mod sim;
 mod steady;
 mod steps;
 mod strangers;
+mod telling;
 mod tidy;
 mod zero;

@@ -12,7 +12,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-fn train(args: &[&str]) -> Command {
+pub(crate) fn train(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_train"));
     command
         .args(args)

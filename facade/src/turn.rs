@@ -49,6 +49,22 @@ impl<T> Turn<T> {
         }
     }
 
+    /// The value, if nobody has it.
+    pub(crate) fn try_take(&self) -> Option<Taken<'_, T>> {
+        let me = thread::current().id();
+        let mut place = self.lock();
+        match std::mem::replace(&mut *place, Place::With(me)) {
+            Place::Here(value) => Some(Taken {
+                turn: self,
+                value: Some(value),
+            }),
+            taken => {
+                *place = taken;
+                None
+            }
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Place<T>> {
         // Nothing that can panic runs while this is held.
         self.place.lock().unwrap_or_else(PoisonError::into_inner)
@@ -92,6 +108,7 @@ mod tests {
         let turn = Turn::new(0u32);
         let mut taken = turn.take().unwrap();
         assert!(turn.take().is_none(), "this thread has it");
+        assert!(turn.try_take().is_none());
         thread::scope(|scope| {
             let other = scope.spawn(|| {
                 let mut taken = turn.take().unwrap();
@@ -114,5 +131,6 @@ mod tests {
         }));
         assert!(panic.is_err());
         assert_eq!(turn.take().as_deref(), Some(&7));
+        assert_eq!(turn.try_take().as_deref(), Some(&7));
     }
 }

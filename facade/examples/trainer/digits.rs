@@ -135,6 +135,10 @@ impl Task<VecModel> for Digits {
         vec!["val_loss", "val_accuracy"]
     }
 
+    fn samples(&self, batch: &Vec<Digit>) -> u64 {
+        batch.len() as u64
+    }
+
     /// Down to nothing over 600 steps, on a cosine.
     fn learning_rate(&self, step: u64) -> Option<f64> {
         let done = (step as f64 / 600.0).min(1.0);

@@ -38,6 +38,9 @@ pub trait Task<M: Model> {
     /// What the numbers are called: their means over all samples are the metrics of the validation.
     fn scores(&self) -> Vec<&'static str>;
 
+    /// Samples in a batch.
+    fn samples(&self, batch: &Self::Batch) -> u64;
+
     /// The learning rate of step `step` (from 0), if it has a schedule.
     fn learning_rate(&self, step: u64) -> Option<f64> {
         let _ = step;
@@ -216,15 +219,16 @@ where
                 &mut state.moment().model(model).loss(loss),
             )?;
             mean += loss * micro.weight();
-            state.progress.batch += 1;
             state.progress.batches += 1;
-            if !micro.is_last() {
-                continue; // callbacks see whole steps: only there can the loop be saved
+            state.progress.samples += task.samples(&micro.batch);
+            if micro.is_last() {
+                state.metrics.set("loss", mean);
+                let skipped = self.step(mean)?;
+                // Only between steps can the loop be saved.
+                self.tell_and_save(Hook::TrainBatchEnd, self.place(), Some((mean, skipped)))?;
+                self.trained.losses.push(std::mem::take(&mut mean));
             }
-            state.metrics.set("loss", mean);
-            let skipped = self.step(mean)?;
-            self.tell_and_save(Hook::TrainBatchEnd, self.place(), Some((mean, skipped)))?;
-            self.trained.losses.push(std::mem::take(&mut mean));
+            self.trained.state.progress.batch += 1;
             if self.is_over() {
                 break;
             }
@@ -286,10 +290,14 @@ where
         self.tell_and_save(Hook::ValidationEnd, next, None)
     }
 
-    /// Here, behind the batches that were taken.
+    /// Behind the batch that was taken.
     fn place(&self) -> Place {
+        let progress = self.trained.state.progress;
         Place {
-            progress: self.trained.state.progress,
+            progress: Progress {
+                batch: progress.batch + 1,
+                ..progress
+            },
             loader: self.train.state(),
         }
     }
@@ -317,13 +325,10 @@ where
         } = &mut self.trained;
         let mut whole = Whole {
             place,
-            ..Whole::default()
+            callbacks: fabric.callback_states()?, // now: one that saves is busy, and would be left out
+            scaler: fabric.loss_scaler_state(),
         };
-        let mut save = |path: &Path| {
-            whole.callbacks = fabric.callback_states()?;
-            whole.scaler = fabric.loss_scaler_state();
-            fabric.save(path, whole.state(model, optimizer))
-        };
+        let mut save = |path: &Path| fabric.save(path, whole.state(model, optimizer));
         let mut moment = state.moment().model(model).saving(&mut save);
         if let Some((loss, skipped)) = step {
             moment = moment.loss(loss).skipped(skipped);

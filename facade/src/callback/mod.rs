@@ -36,6 +36,8 @@ pub use spike::{SpikeDetection, TrainingSpike};
 pub use throughput::ThroughputMonitor;
 pub use view::ModelView;
 
+use serde_json::{Map, Value};
+
 use crate::{
     Fabric, Result,
     turn::{Taken, Turn},
@@ -43,7 +45,13 @@ use crate::{
 
 /// One rank's callbacks, in the order of their registration. Clones share them.
 #[derive(Clone, Default)]
-pub(crate) struct Callbacks(Vec<Arc<Turn<Box<dyn Callback>>>>);
+pub(crate) struct Callbacks(Vec<Slot>);
+
+#[derive(Clone)]
+struct Slot {
+    key: String, // of its state: its name, or `name#2` for the second
+    callback: Arc<Turn<Box<dyn Callback>>>,
+}
 
 impl Callbacks {
     pub(crate) fn is_empty(&self) -> bool {
@@ -51,23 +59,35 @@ impl Callbacks {
     }
 
     pub(crate) fn add(&mut self, callback: Box<dyn Callback>) {
-        self.0.push(Arc::new(Turn::new(callback)));
+        let name = callback.name();
+        let mut keys = (1..).map(|count| match count {
+            1 => name.to_string(),
+            _ => format!("{name}#{count}"),
+        });
+        let is_free = |key: &String| self.0.iter().all(|slot| slot.key != *key);
+        let key = keys
+            .find(is_free)
+            .expect("there are fewer callbacks than numbers");
+        let callback = Arc::new(Turn::new(callback));
+        self.0.push(Slot { key, callback });
     }
 
     /// Callbacks for another rank in this process: own ones, where they can be had.
     pub(crate) fn twin(&self) -> Self {
-        let twin = |shared: &Arc<Turn<_>>| {
-            let twin = shared
-                .take()
-                .and_then(|own: Taken<'_, Box<dyn Callback>>| own.twin());
-            twin.map_or_else(|| shared.clone(), |twin| Arc::new(Turn::new(twin)))
+        let twin = |slot: &Slot| {
+            let own = slot.callback.take();
+            let twin = own.and_then(|own| own.twin());
+            let callback =
+                twin.map_or_else(|| slot.callback.clone(), |twin| Arc::new(Turn::new(twin)));
+            let key = slot.key.clone();
+            Slot { key, callback }
         };
         Self(self.0.iter().map(twin).collect())
     }
 
     /// Those that are not running: one is not told of what it has announced itself.
     fn each(&self) -> impl Iterator<Item = Taken<'_, Box<dyn Callback>>> {
-        self.0.iter().filter_map(|callback| callback.take())
+        self.0.iter().filter_map(|slot| slot.callback.take())
     }
 
     pub(crate) fn notify(
@@ -101,41 +121,71 @@ impl Callbacks {
         })
     }
 
-    /// Every state, by a name of its own: the second of a name is `name#2`.
-    pub(crate) fn states(&self) -> Result<serde_json::Map<String, serde_json::Value>> {
-        let mut states = serde_json::Map::new();
-        for (key, callback) in self.named() {
-            let state = callback.state()?;
-            if !state.is_null() {
-                states.insert(key, state);
+    /// Every state, by its key; without those of callbacks that are running.
+    pub(crate) fn states(&self) -> Result<Map<String, Value>> {
+        let mut states = Map::new();
+        for slot in &self.0 {
+            if let Some(callback) = slot.callback.take() {
+                let state = callback.state()?;
+                if !state.is_null() {
+                    states.insert(slot.key.clone(), state);
+                }
             }
         }
         Ok(states)
     }
 
-    pub(crate) fn load_states(
-        &self,
-        states: &serde_json::Map<String, serde_json::Value>,
-    ) -> Result<()> {
-        for (key, mut callback) in self.named() {
-            if let Some(state) = states.get(&key) {
+    pub(crate) fn load_states(&self, states: &Map<String, Value>) -> Result<()> {
+        for slot in &self.0 {
+            if let (Some(state), Some(mut callback)) = (states.get(&slot.key), slot.callback.take())
+            {
                 callback.load_state(state)?;
             }
         }
         Ok(())
     }
+}
 
-    fn named(&self) -> impl Iterator<Item = (String, Taken<'_, Box<dyn Callback>>)> {
-        let mut names: Vec<String> = Vec::new();
-        self.each().map(move |callback| {
-            let name = callback.name().to_string();
-            let before = names.iter().filter(|known| **known == name).count();
-            names.push(name.clone());
-            let key = match before {
-                0 => name,
-                _ => format!("{name}#{}", before + 1),
-            };
-            (key, callback)
-        })
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn states_have_names_of_their_own_and_come_back() {
+        let build = || {
+            let patience = [3, 4].map(|looks| EarlyStopping::new("x").patience(looks));
+            let [first, second] = patience;
+            let quiet = at(Hook::TrainEnd, |_, _| Ok(()));
+            let builder = Fabric::builder().devices(1).callback(first).callback(quiet);
+            builder.callback(second).build().unwrap()
+        };
+        // Announced inside the first one's kind of callback: keys do not depend on who is running.
+        let first = build();
+        first.add_callback(on("states", |fabric, states: &mut Map<String, Value>| {
+            *states = fabric.callback_states()?;
+            Ok(())
+        }));
+        let mut states = Map::new();
+        first.call("states", &mut states).unwrap();
+        let keys: Vec<_> = states.keys().cloned().collect();
+        assert_eq!(keys, ["EarlyStopping", "EarlyStopping#2"]);
+        states["EarlyStopping#2"]["waited"] = 2.into();
+        let second = build();
+        second.load_callback_states(&states).unwrap();
+        assert_eq!(second.callback_states().unwrap(), states);
+        states.insert("EarlyStopping".into(), "nonsense".into());
+        let error = second
+            .load_callback_states(&states)
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("'EarlyStopping' does not fit"), "{error}");
+        let waited = second.with_callback(|stopping: &mut EarlyStopping| Ok(stopping.waited()));
+        assert_eq!(waited.unwrap(), Some(0), "the first of its type");
+        assert!(
+            second
+                .with_callback(|_: &mut Ema| Ok(()))
+                .unwrap()
+                .is_none()
+        );
     }
 }

@@ -312,7 +312,7 @@ impl Fabric {
         impl Drop for Watch<'_> {
             fn drop(&mut self) {
                 if std::thread::panicking() {
-                    self.0.finalize_with(Status::Failed);
+                    self.0.finalize_with(Status::Failed, true);
                 }
             }
         }

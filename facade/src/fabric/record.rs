@@ -129,19 +129,23 @@ impl Fabric {
     pub(super) fn finalize_loggers(&self, error: Option<&Error>) {
         let status = match error {
             None => Status::Success,
-            Some(_) if crate::launch::was_interrupted() => Status::Interrupted,
+            Some(error) if crate::launch::is_interruption(error) => Status::Interrupted,
             Some(_) => Status::Failed,
         };
-        self.finalize_with(status);
+        self.finalize_with(status, true);
     }
 
-    /// Nothing can be returned here: the body's own result counts.
-    pub(super) fn finalize_with(&self, status: Status) {
+    /// Nothing can be returned here: the body's own result counts. Without patience, a logger that is in use is left alone.
+    pub(super) fn finalize_with(&self, status: Status, patient: bool) {
         if !self.is_global_zero() || self.lock_world().is_none() {
             return; // who has never joined has logged nothing
         }
         for logger in self.inner.loggers.iter() {
-            let result = logger.take().map(|mut logger| logger.finalize(status));
+            let logger = match patient {
+                true => logger.take(),
+                false => logger.try_take(),
+            };
+            let result = logger.map(|mut logger| logger.finalize(status));
             if let Some(Err(error)) = result {
                 self.warn(format!("a logger could not be finalized: {error}"));
             }
@@ -182,7 +186,7 @@ impl Fabric {
     }
 
     /// What all callbacks of this rank have to remember, to be saved: a map from their names, to be given to
-    /// [`crate::State::value`].
+    /// [`crate::State::value`]. A callback that is running is left out: take the states before a moment is announced, not in it.
     ///
     /// # Errors
     /// When a callback cannot write its state.

@@ -25,6 +25,7 @@ use crate::{
     environment::{self, Place},
     error::{Error, Result},
     launch,
+    logger::Status,
 };
 
 /// Where this rank stands, and its communicator.
@@ -178,6 +179,16 @@ pub(super) fn as_rank<T>(
         launch::on_terminate(world.comm.aborter())?;
         crate::rank_zero::this_process_is(world.rank);
         *fabric.lock_world() = Some(world);
+        let inner = Arc::downgrade(&fabric.inner);
+        launch::before_exit(move |by_signal| {
+            if let Some(inner) = inner.upgrade() {
+                let status = match by_signal {
+                    true => Status::Interrupted,
+                    false => Status::Failed,
+                };
+                Fabric { inner }.finalize_with(status, false);
+            }
+        });
         fabric.unless_it_panics(body)
     });
     if let Err(error) = &result {

@@ -23,5 +23,5 @@ pub use job::{DEFAULT_PORT, Job, Program};
 pub use output::Output;
 pub use supervise::supervise;
 pub use terminate::on_terminate;
-pub(crate) use terminate::was_interrupted;
+pub(crate) use terminate::{before_exit, is_interruption};
 pub(crate) use threads::panic_text;

@@ -24,6 +24,11 @@ const FAREWELL: Duration = Duration::from_millis(800); // for the main thread to
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
+const RECEIVED: &str = "it received ";
+
+type Words = Box<dyn Fn(bool) + Send>;
+static LAST: Mutex<Option<Words>> = Mutex::new(None);
+
 type Slot = Arc<Mutex<Aborter>>;
 
 /// From now on, SIGTERM and SIGINT end this rank in order, within 1.5 s: first the job may tell why it ends (a
@@ -61,14 +66,27 @@ pub fn on_terminate(aborter: Aborter) -> Result<()> {
     Ok(())
 }
 
-/// Whether this process was asked to end by a signal that [`on_terminate`] answers.
-pub(crate) fn was_interrupted() -> bool {
-    INTERRUPTED.load(Ordering::Relaxed)
+/// Run `last` before the process ends by a signal, when the main thread has not ended by itself. It is told whether the
+/// signal is the reason, or another rank's failure.
+pub(crate) fn before_exit(last: impl Fn(bool) + Send + 'static) {
+    *LAST.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(last));
+}
+
+/// Whether the job ends with `error` because a signal has asked for its end: here, or on another rank. A supervisor's signal
+/// after another rank's failure is not the reason.
+pub(crate) fn is_interruption(error: &crate::Error) -> bool {
+    match error.engine() {
+        Some(error) if error.is_from_peer() => error.to_string().contains(RECEIVED),
+        _ => INTERRUPTED.load(Ordering::Relaxed),
+    }
 }
 
 fn end(signal: i32, aborter: &Aborter) -> ! {
     let (text, from_peer) = story(signal, aborter, STORY);
     Clock::machine().sleep(FAREWELL);
+    if let Some(last) = LAST.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        last(!from_peer || text.contains(RECEIVED));
+    }
     let _ = io::stderr().write_all(format!("{text}\n").as_bytes()); // in one piece: all ranks speak at once
     report_failure(&text, from_peer);
     std::process::exit(128 + signal)
@@ -79,7 +97,7 @@ fn story(signal: i32, aborter: &Aborter, patience: Duration) -> (String, bool) {
     if let Some(error) = aborter.signal().wait(patience) {
         return (error.to_string(), error.is_from_peer());
     }
-    let ours = format!("it received {}", signal_name(signal).unwrap_or("a signal"));
+    let ours = format!("{RECEIVED}{}", signal_name(signal).unwrap_or("a signal"));
     aborter.abort(ours.clone());
     match aborter.signal().first() {
         // Between the wait and the abort, somebody else's story may have come.

@@ -1,11 +1,12 @@
 //! A training program for the process tests: trains the small problem on N devices, and can be told to misbehave.
 //!
 //! `train N steps [fault]`, where fault is one of `hang:R` (rank R stops joining), `models` (rank 1 builds another
-//! model), `twice` (two jobs, one after the other), `error:R` (rank R returns an error in step 3), `panic:R`, `exit:R` (rank R leaves without a word).
+//! model), `twice` (two jobs, one after the other), `error:R` (rank R returns an error in step 3), `panic:R`, `exit:R` (rank R leaves without a word),
+//! `alone` (joins nothing in its first step). Its losses go to TEST_LOGS, where that is a folder.
 
 use std::time::Duration;
 
-use fabric::{Error, Fabric, Result, optim::Sgd, vec::VecModel};
+use fabric::{Error, Fabric, Result, logger::JsonlLogger, optim::Sgd, vec::VecModel};
 use fabric_tests::Problem;
 
 fn main() -> Result<()> {
@@ -19,10 +20,13 @@ fn main() -> Result<()> {
     let (kind, who) = fault.split_once(':').unwrap_or((&fault, ""));
     let who = who.parse::<usize>().ok();
     let strategy = std::env::var("TEST_STRATEGY").unwrap_or_else(|_| "auto".into());
-    let fabric = Fabric::builder()
+    let mut builder = Fabric::builder()
         .devices(args.first().map_or("auto", String::as_str))
-        .strategy(&strategy)
-        .build()?;
+        .strategy(&strategy);
+    if let Some(folder) = std::env::var_os("TEST_LOGS") {
+        builder = builder.logger(JsonlLogger::new(folder, ""));
+    }
+    let fabric = builder.build()?;
     if kind == "twice" {
         fabric.launch(|fabric| run(fabric, number(1), kind, who))?;
     }
@@ -63,7 +67,12 @@ fn run(fabric: &Fabric, steps: u64, kind: &str, who: Option<usize>) -> Result<()
         fabric.backward(model.gradients(gradients))?;
         optimizer.step()?;
         optimizer.zero_grad();
+        if kind == "alone" {
+            fabric.log("loss", f64::from(loss), step)?;
+            std::thread::sleep(Duration::from_secs(60)); // a step that joins nothing
+        }
         last = fabric.all_reduce_value(f64::from(loss), fabric::ReduceOp::Avg)?;
+        fabric.log("loss", last, step)?;
         if steps > 1000 {
             std::thread::sleep(Duration::from_millis(5)); // a step of a real model takes time
         }
