@@ -27,4 +27,5 @@ mod steps;
 mod strangers;
 mod telling;
 mod tidy;
+mod trainer;
 mod zero;

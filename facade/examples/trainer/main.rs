@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use clap::Parser;
 use digits::Digits;
 use fabric::{
-    Clip, Fabric, Result,
+    Clip, Fabric, ReduceOp, Result,
     callback::{EarlyStopping, LearningRateMonitor, Mode, ModelCheckpoint, ProgressBar},
     data::DataLoader,
     logger::{CsvLogger, TensorBoardLogger},
@@ -41,6 +41,9 @@ struct Args {
     /// Samples in a batch, on each rank
     #[arg(long, default_value_t = 24)]
     batch: usize,
+    /// Steps from one checkpoint to the next, beside those at the end of each epoch
+    #[arg(long, default_value_t = 50)]
+    save_every: u64,
     /// Go on from the newest checkpoint
     #[arg(long)]
     resume: bool,
@@ -68,7 +71,7 @@ fn main() -> Result<()> {
         .callback(
             ModelCheckpoint::new(&checkpoints)
                 .filename("step-{step}")
-                .every_n_steps(50),
+                .every_n_steps(args.save_every),
         )
         .callback(EarlyStopping::new("val_loss").patience(6))
         .build()?;
@@ -105,10 +108,11 @@ fn train(fabric: &Fabric, args: &Args) -> Result<()> {
     }
     let progress = trained.state.progress;
     let number = |name| trained.state.metrics.get(name).unwrap_or(f64::NAN);
+    let train_loss = fabric.all_reduce_value(number("loss"), ReduceOp::Avg)?;
     fabric.print(serde_json::json!({
         "epochs": progress.epoch,
         "steps": progress.steps,
-        "train_loss": number("loss"),
+        "train_loss": train_loss,
         "val_loss": number("val_loss"),
         "val_accuracy": number("val_accuracy"),
     }));

@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use fabric::{
-    Clip, Fabric, FabricModule, FabricOptimizer, Result, State,
+    Clip, Fabric, FabricModule, FabricOptimizer, ReduceOp, Result, State,
     callback::{Hook, LoopState, ModelCheckpoint, Moment, Progress},
     data::{DataLoader, Dataset, LoaderState},
     model::{Backward, Model},
@@ -176,7 +176,7 @@ where
             {
                 self.validate()?;
             }
-            let next = Place::of_epoch(epoch + 1, self.trained.state.progress);
+            let next = self.after_epoch();
             self.tell_and_save(Hook::TrainEpochEnd, next, None)?;
             self.trained.state.progress = next.progress;
         }
@@ -248,7 +248,8 @@ where
         let progress = &mut self.trained.state.progress;
         progress.steps += 1;
         if progress.steps.is_multiple_of(self.trainer.log_every) {
-            self.fabric.log("train_loss", loss, progress.steps)?;
+            let mean = self.fabric.all_reduce_value(loss, ReduceOp::Avg)?;
+            self.fabric.log("train_loss", mean, progress.steps)?;
         }
         Ok(self.trained.optimizer.was_skipped())
     }
@@ -283,11 +284,26 @@ where
             self.fabric.log(name, sum / count, steps)?;
         }
         self.tell(Hook::ValidationEpochEnd, |moment| moment)?;
-        let next = Place::of_epoch(
-            self.trained.state.progress.epoch + 1,
-            self.trained.state.progress,
-        );
+        let next = self.after_epoch();
         self.tell_and_save(Hook::ValidationEnd, next, None)
+    }
+
+    /// The next epoch, unless this one was broken off.
+    fn after_epoch(&self) -> Place {
+        let progress = self.trained.state.progress;
+        if progress.of_batches.is_some_and(|all| progress.batch < all) {
+            let loader = self.train.state();
+            return Place { progress, loader };
+        }
+        let (epoch, batch) = (progress.epoch + 1, 0);
+        Place {
+            progress: Progress {
+                epoch,
+                batch,
+                ..progress
+            },
+            loader: LoaderState { epoch, consumed: 0 },
+        }
     }
 
     /// Behind the batch that was taken.
@@ -358,20 +374,6 @@ where
 struct Place {
     progress: Progress,
     loader: LoaderState,
-}
-
-impl Place {
-    /// The beginning of an epoch.
-    fn of_epoch(epoch: u64, before: Progress) -> Self {
-        Self {
-            progress: Progress {
-                epoch,
-                batch: 0,
-                ..before
-            },
-            loader: LoaderState { epoch, consumed: 0 },
-        }
-    }
 }
 
 /// What a checkpoint holds beside model and optimizer.
