@@ -5,4 +5,6 @@
 mod checkpoints;
 mod collectives;
 mod data;
+mod defects;
+mod reference;
 mod training;
