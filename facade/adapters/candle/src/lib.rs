@@ -62,3 +62,8 @@ pub use model::{CandleModel, Loss, UNUSED_HINT, build, build_deferred};
 pub use optim::CandleOptimizer;
 pub use tensors::CandleFabric;
 pub use unit::Unit;
+
+/// The README's programs, compiled.
+#[cfg(doctest)]
+#[doc = include_str!("../../../../README.md")]
+pub struct Readme;
