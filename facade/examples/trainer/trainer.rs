@@ -168,7 +168,6 @@ where
         self.trained.state.progress.of_epochs = Some(self.trainer.max_epochs);
         self.tell(Hook::TrainStart, |moment| moment)?;
         while self.trained.state.progress.epoch < self.trainer.max_epochs && !self.is_over() {
-            self.tell(Hook::TrainEpochStart, |moment| moment)?;
             self.train_epoch()?;
             let epoch = self.trained.state.progress.epoch;
             if (epoch + 1).is_multiple_of(self.trainer.validate_every)
@@ -197,6 +196,7 @@ where
             .limit_train_batches
             .saturating_sub(before as usize);
         self.trained.state.progress.of_batches = Some(before + left.min(self.train.len()) as u64);
+        self.tell(Hook::TrainEpochStart, |moment| moment)?;
         let batches = self.train.iter().take(left);
         let mut mean = 0.0;
         for micro in fabric.accumulate(self.trainer.accumulate).over(batches) {

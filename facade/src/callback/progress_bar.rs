@@ -1,12 +1,19 @@
 //! A callback that draws how far training is.
 
-use indicatif::{ProgressBar as Bar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{ProgressBar as Bar, ProgressDrawTarget, ProgressState, ProgressStyle};
 
 use super::{Callback, Moment};
 use crate::{Fabric, Result};
 
-const WITH_END: &str = "{prefix} {wide_bar} {pos}/{len} [{elapsed}<{eta}, {per_sec}] {msg}";
-const WITHOUT_END: &str = "{prefix} {spinner} {pos} [{elapsed}, {per_sec}] {msg}";
+const WITH_END: &str = "{prefix} {wide_bar:.cyan/dim} {pos}/{len} [{elapsed}<{eta}, {rate}] {msg}";
+const WITHOUT_END: &str = "{prefix} {spinner} {pos} [{elapsed}, {rate}] {msg}";
+
+/// Batches a second, in as many digits as are worth reading.
+fn rate(state: &ProgressState, out: &mut dyn std::fmt::Write) {
+    let rate = state.per_sec();
+    let digits = if rate < 10.0 { 2 } else { 0 };
+    let _ = write!(out, "{rate:.digits$}/s"); // a line that cannot be drawn is none
+}
 
 /// Draws a bar for each epoch on rank 0's stderr, with the loss, learning rates and the loop's metrics in its line. Where stderr
 /// is no terminal it draws nothing.
@@ -76,7 +83,7 @@ impl Callback for ProgressBar {
             None => WITHOUT_END,
         };
         let bar = Bar::with_draw_target(progress.of_batches, ProgressDrawTarget::stderr());
-        bar.set_style(ProgressStyle::with_template(template)?);
+        bar.set_style(ProgressStyle::with_template(template)?.with_key("rate", rate));
         bar.set_prefix(match progress.of_epochs {
             Some(all) => format!("epoch {}/{all}", progress.epoch + 1),
             None => format!("epoch {}", progress.epoch + 1),
