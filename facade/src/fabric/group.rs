@@ -1,15 +1,14 @@
 //! Ranks among themselves: a group of ranks is a Fabric of its own, whose world they are.
 
-use std::sync::{Arc, Mutex};
-
 use fabric_engine::shard::SharedComm;
 
-use super::{Fabric, Inner, lock, world::World};
+use super::{Fabric, lock};
 use crate::error::{Error, Result};
 
 impl Fabric {
     /// The group of all ranks that give the same `color`, ordered by `key`, then by rank: a Fabric whose ranks are numbered
-    /// from 0 and whose models, loaders, checkpoints and collectives are the group's. All ranks call this together.
+    /// from 0 and whose models, loaders, checkpoints and collectives are the group's. Loggers are the job's: only its rank 0
+    /// writes, in whichever group it is. All ranks call this together.
     ///
     /// ```
     /// use fabric::{Fabric, ReduceOp};
@@ -30,22 +29,8 @@ impl Fabric {
     pub fn split(&self, color: u32, key: u32) -> Result<Self> {
         let comm = self.comm()?.lock().split(color, key)?;
         let comm = SharedComm::new(comm);
-        let (inner, whole) = (&self.inner, self.lock_world());
-        let (local_rank, node_rank) = whole.as_ref().map_or((0, 0), World::place);
-        Ok(Self {
-            inner: Arc::new(Inner {
-                request: inner.request.clone(),
-                environments: inner.environments.clone(),
-                resolved: inner.resolved.clone(),
-                options: inner.options.clone(),
-                scaler: Mutex::new(lock(&inner.scaler).clone()),
-                world: Mutex::new(Some(World::part(comm, local_rank, node_rank))),
-                models: Mutex::default(),
-                loggers: inner.loggers.clone(),
-                callbacks: Mutex::new(lock(&inner.callbacks).clone()),
-                warnings: Mutex::default(),
-            }),
-        })
+        let world = self.lock_world().as_ref().map(|world| world.group(comm));
+        Ok(self.alike(world, lock(&self.inner.callbacks).clone()))
     }
 
     /// The group of `ranks`, in this order; `None` on the others. All ranks call this together, with the same list.

@@ -289,6 +289,11 @@ impl Fabric {
             0 => callbacks.clone(),
             _ => callbacks.twin(),
         };
+        self.alike(None, callbacks)
+    }
+
+    /// A Fabric with the same choices in another world.
+    fn alike(&self, world: Option<World>, callbacks: Callbacks) -> Self {
         let inner = &self.inner;
         Self {
             inner: Arc::new(Inner {
@@ -297,7 +302,7 @@ impl Fabric {
                 resolved: inner.resolved.clone(),
                 options: inner.options.clone(),
                 scaler: Mutex::new(lock(&inner.scaler).clone()),
-                world: Mutex::new(None),
+                world: Mutex::new(world),
                 models: Mutex::default(),
                 loggers: inner.loggers.clone(),
                 callbacks: Mutex::new(callbacks),

@@ -111,7 +111,7 @@ impl Fabric {
 
     /// Whether this is rank 0, also before it has joined the job.
     fn logs(&self) -> bool {
-        let joined = self.lock_world().as_ref().map(|world| world.rank);
+        let joined = self.lock_world().as_ref().map(|world| world.job_rank);
         joined.or_else(rank_zero::rank).unwrap_or(0) == 0
     }
 

@@ -34,6 +34,8 @@ pub(super) struct World {
     pub(super) size: usize,
     pub(super) local_rank: usize,
     pub(super) node_rank: usize,
+    /// Among all ranks of the job, where this is a group of some.
+    pub(super) job_rank: usize,
     pub(super) comm: SharedComm,
     control: Option<Control>,
 }
@@ -48,6 +50,7 @@ impl World {
             size: 1,
             local_rank: 0,
             node_rank: 0,
+            job_rank: 0,
             comm: SharedComm::new(Box::new(solo)),
             control: None,
         })
@@ -62,26 +65,21 @@ impl World {
             size: member.world(),
             local_rank,
             node_rank,
+            job_rank: member.rank(),
             comm: SharedComm::new(Box::new(host)),
             control: Some(member.control().clone()),
         })
     }
 
-    /// Some of the ranks of a job, which stays whole.
-    pub(super) fn part(comm: SharedComm, local_rank: usize, node_rank: usize) -> Self {
+    /// A group of the ranks of `self`, which stays whole.
+    pub(super) fn group(&self, comm: SharedComm) -> Self {
         Self {
             rank: comm.rank(),
             size: comm.size(),
-            local_rank,
-            node_rank,
             comm,
             control: None,
+            ..*self
         }
-    }
-
-    /// The rank on its machine, and the machine.
-    pub(super) fn place(&self) -> (usize, usize) {
-        (self.local_rank, self.node_rank)
     }
 
     /// Leave; an own error ends the job for everybody, in words.

@@ -5,6 +5,9 @@ use crate::{
     error::{Error, Result},
 };
 
+/// More processes than a machine can have are a slip of the keyboard.
+const MOST: usize = 1 << 15;
+
 /// How many devices of a machine, or which.
 ///
 /// ```
@@ -56,6 +59,10 @@ impl Devices {
                 "Ask for at least one, or for \"auto\"",
             )),
             Self::Unreadable(text) => Err(unreadable(text)),
+            Self::Count(count) if *count > MOST => Err(Error::argument(
+                format!("{count} devices of one machine were asked for"),
+                format!("Ask for at most {MOST}"),
+            )),
             Self::Auto => Ok((0..found.auto_count).collect()),
             Self::Count(count) if !found.is_numbered => Ok((0..*count).collect()),
             Self::All | Self::List(_) if !found.is_numbered => Err(Error::argument(
@@ -207,6 +214,7 @@ mod tests {
         assert_eq!(among("2,".into()).unwrap(), [2]);
         assert_eq!(among([3, 1].into()).unwrap(), [3, 1]);
         let why = |devices: Devices| devices.among(&four).unwrap_err().to_string();
+        assert!(why(usize::MAX.into()).contains("Ask for at most 32768"));
         assert!(why("0,4".into()).contains("device 4"));
         assert!(why("1,1".into()).contains("twice"));
         assert!(why(5.into()).contains("there are 4"));
