@@ -20,8 +20,8 @@ use trainer::Trainer;
 
 #[derive(Parser)]
 struct Args {
-    /// Processes: a number, or "auto"
-    #[arg(long, default_value = "2")]
+    /// Processes: a number, or "auto": what a launcher has started, or one
+    #[arg(long, default_value = "auto")]
     devices: String,
     /// auto, single, ddp, zero1, zero2, fsdp or hsdp
     #[arg(long, default_value = "auto")]
