@@ -13,7 +13,7 @@ use fabric::{
     Clip, Fabric, ReduceOp, Result,
     callback::{EarlyStopping, LearningRateMonitor, Mode, ModelCheckpoint, ProgressBar},
     data::DataLoader,
-    logger::{CsvLogger, TensorBoardLogger},
+    logger::{CsvLogger, RunFolder, TensorBoardLogger},
     optim::AdamW,
 };
 use trainer::Trainer;
@@ -55,11 +55,12 @@ struct Args {
 fn main() -> Result<()> {
     let args = Args::parse();
     let checkpoints = args.out.join("checkpoints");
+    let run = RunFolder::new(&args.out, "logs");
     let fabric = Fabric::builder()
         .devices(&args.devices)
         .strategy(&args.strategy)
-        .logger(CsvLogger::new(&args.out, "logs"))
-        .logger(TensorBoardLogger::new(&args.out, "logs"))
+        .logger(CsvLogger::within(&run))
+        .logger(TensorBoardLogger::within(&run))
         .callback(ProgressBar::new())
         .callback(LearningRateMonitor::new().every(10))
         .callback(
