@@ -258,6 +258,61 @@ fn line_34_a_group_trains_a_model_of_its_own() {
     assert_eq!(run.unwrap(), vec![vec![-1.5, -1.0]; 3]);
 }
 
+// Two jobs in one: each half shards, trains, accumulates, loads its share of the data and saves for itself.
+#[test]
+fn line_34_groups_shard_and_save_for_themselves() {
+    let folder = tempfile::tempdir().unwrap();
+    let fabric = Fabric::builder()
+        .devices(4)
+        .strategy("fsdp")
+        .build()
+        .unwrap();
+    let run = fabric.launch_threads(|fabric| {
+        let half = fabric.global_rank() as u32 / 2;
+        let group = fabric.split(half, 0)?;
+        let model = VecModel::new([("w", vec![0f32; 3])]).in_units(["w"])?;
+        let (model, mut optimizer) = group.setup(model, Sgd::new(1.0))?;
+        let samples: Vec<f32> = (0..8)
+            .map(|sample| sample as f32 + 10.0 * half as f32)
+            .collect();
+        let loader = group.setup_dataloaders(fabric::data::DataLoader::new(samples))?;
+        for micro in group.accumulate(2).over(&loader) {
+            let micro = micro?;
+            let loss = model.gradients(vec![Some(vec![-micro.batch[0]; 3])]);
+            micro.backward(&model, loss)?;
+            if micro.is_last() {
+                optimizer.step()?;
+                optimizer.zero_grad();
+            }
+        }
+        let path = folder.path().join(format!("half-{half}"));
+        group.save(&path, fabric::State::new().model("m", &model))?;
+        fabric.barrier()?;
+        // All four load what two have saved.
+        let whole = VecModel::new([("w", vec![9f32; 3])]).in_units(["w"])?;
+        let whole = fabric.setup_module(whole)?;
+        let other = folder.path().join("half-1");
+        fabric.load(&other, fabric::State::new().model("m", &whole))?;
+        let again = folder.path().join("again");
+        fabric.save(&again, fabric::State::new().model("m", &whole))?;
+        let single = Fabric::builder().devices(1).build()?;
+        let read = single.launch_threads(|single| {
+            let first = single.setup_module(VecModel::new([("w", vec![0f32; 3])]))?;
+            single.load(&path, fabric::State::new().model("m", &first))?;
+            let second = single.setup_module(VecModel::new([("w", vec![0f32; 3])]))?;
+            single.load(&again, fabric::State::new().model("m", &second))?;
+            Ok((first.read("w")[0], second.read("w")[2]))
+        })?;
+        fabric.barrier()?;
+        Ok(read[0])
+    });
+    // Means of 0..4 and 4..8, and of those ten higher.
+    assert_eq!(
+        run.unwrap(),
+        [(7.0, 27.0), (7.0, 27.0), (27.0, 27.0), (27.0, 27.0)]
+    );
+}
+
 #[test]
 fn line_34_several_operations_are_in_flight() {
     let run = ddp(2).launch_threads(|fabric| {
