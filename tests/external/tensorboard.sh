@@ -1,7 +1,7 @@
 #!/bin/sh
 # Does the real TensorBoard read what TensorBoardLogger writes? Installs it into a folder of its own (from PyPI), writes two runs,
 # reads them with its EventAccumulator, starts its server and asks that too. Run by a person; the output of a run is kept in
-# tensorboard.txt.
+# docs/external/tensorboard.txt.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 room=$(mktemp -d)
