@@ -7,4 +7,5 @@ mod collectives;
 mod data;
 mod defects;
 mod reference;
+mod setup;
 mod training;

@@ -333,6 +333,7 @@ mod tests {
             "xla",
             "xla_fsdp",
             "single_tpu",
+            "model_parallel",
         ] {
             let why = named(name).unwrap_err().to_string();
             assert!(why.contains(name) && why.contains("Use "), "{why}");
