@@ -1,0 +1,302 @@
+//! A convolutional network learns to read handwritten digits, by the trainer that `facade/examples/trainer/trainer.rs` is.
+
+use std::{
+    io::Write,
+    path::{Path, PathBuf},
+    time::Instant,
+};
+
+use candle_core::{Device, Result as CandleResult, Tensor};
+use candle_nn::{Linear, Module, VarBuilder};
+use fabric::{
+    Clip, Error, Fabric, FabricModule, Result, State,
+    callback::{Mode, ModelCheckpoint, ProgressBar},
+    data::DataLoader,
+    model::Backward,
+    optim::AdamW,
+};
+use fabric_candle::{CandleFabric, CandleModel, Loss, Unit};
+use serde_json::json;
+
+use crate::{
+    data::{self, CLASSES, Digit},
+    job::{Job, report, tell},
+    network::{best, scalar},
+    trainer::{Task, Trainer},
+};
+
+/// Read handwritten digits: a trainer, a schedule, checkpoints, and a metric that counts every sample once
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    job: Job,
+    /// Epochs
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..))]
+    epochs: u64,
+    /// Samples in a batch, over all processes together
+    #[arg(long, default_value_t = 48)]
+    batch: usize,
+    /// The largest learning rate
+    #[arg(long, default_value_t = 4e-3)]
+    lr: f64,
+    /// Go on from the newest checkpoint in --out
+    #[arg(long)]
+    resume: bool,
+}
+
+pub fn main(args: &Args) -> Result<()> {
+    let fabric = args
+        .job
+        .builder()
+        .callback(ProgressBar::new())
+        .callback(
+            ModelCheckpoint::new(args.checkpoints())
+                .monitor("val_accuracy", Mode::Max)
+                .save_last(true),
+        )
+        .build()?;
+    if args.batch == 0 || !args.batch.is_multiple_of(fabric.ranks()) {
+        return Err(Error::argument(
+            format!(
+                "a batch of {} samples for {} processes",
+                args.batch,
+                fabric.ranks()
+            ),
+            "Choose a --batch that is a multiple of the number of processes",
+        ));
+    }
+    fabric.launch(|fabric| train(fabric, args)).map(drop)
+}
+
+impl Args {
+    fn out(&self) -> PathBuf {
+        self.job.out("digits")
+    }
+
+    fn checkpoints(&self) -> PathBuf {
+        self.out().join("checkpoints")
+    }
+}
+
+fn train(fabric: &Fabric, args: &Args) -> Result<()> {
+    let started = Instant::now();
+    Fabric::seed_everything(Some(args.job.seed))?;
+    let archive = fabric.rank_zero_first(|| fetch(&args.out()))?;
+    let (train, test) = data::read(&archive)?;
+    let batch = args.batch / fabric.world_size();
+    let steps = args.epochs * train.len().div_ceil(args.batch) as u64;
+    let train = DataLoader::new(train).batch_size(batch).shuffle(true);
+    let train = train.collate(|digits| Ok(collate(&digits)?));
+    let test = || DataLoader::new(test.clone()).batch_size(60);
+    let reader = Reader {
+        fabric: fabric.clone(),
+        lr: args.lr,
+        steps,
+    };
+    let mut trainer = Trainer {
+        max_epochs: args.epochs,
+        clip: Some(Clip::norm(1.0)),
+        ..Trainer::default()
+    };
+    if args.resume {
+        trainer = trainer.resume_latest(args.checkpoints())?;
+    }
+    let optimizer = AdamW::new(args.lr).weight_decay(1e-2);
+    let model = fabric.init_module(|vb| Network::new(&vb))?;
+    let validation = test().collate(|digits| Ok(collate(&digits)?));
+    let trained = trainer.fit(fabric, &reader, (model, optimizer), (train, validation))?;
+
+    // What was saved is what was trained: another model, with other first values, reads as well after loading.
+    let path = args.out().join("model.safetensors");
+    fabric.save(&path, State::new().model("model", &trained.model))?;
+    Fabric::seed_everything(Some(args.job.seed + 1))?;
+    let other = fabric.setup_module(fabric.init_module(|vb| Network::new(&vb))?)?;
+    fabric.load(&path, State::new().model("model", &other))?;
+    let loader = fabric.setup_dataloaders(test().collate(|digits| Ok(collate(&digits)?)))?;
+    let mut right = Vec::new();
+    for batch in &loader {
+        let scores = reader.validation_step(&other, &batch?)?;
+        right.extend(fabric.gather_for_metrics(&loader, scores)?);
+    }
+    let reloaded = right.iter().map(|score| score[1]).sum::<f64>() / right.len() as f64;
+
+    let (progress, metrics) = (trained.state.progress, &trained.state.metrics);
+    let number = |name| metrics.get(name).unwrap_or(f64::NAN);
+    tell(
+        fabric,
+        format!("{reloaded:.4} of {} digits are read", right.len()),
+    );
+    let results = json!({
+        "epochs": progress.epoch,
+        "steps": progress.steps,
+        "train_loss": number("loss"),
+        "test_loss": number("val_loss"),
+        "test_accuracy": number("val_accuracy"),
+        "test_samples": right.len(),
+        "reloaded_accuracy": reloaded,
+    });
+    report(fabric, started, results)
+}
+
+/// The digits' file, in `folder`. Rank 0 is here first and makes it, as it would download it; the others find it. All look
+/// at its checksum, because a file may be half a file.
+fn fetch(folder: &Path) -> Result<Vec<u8>> {
+    let path = folder.join("digits.csv.gz");
+    let is_whole = |archive: &[u8]| crc32c::crc32c(archive) == crc32c::crc32c(data::ARCHIVE);
+    if let Ok(archive) = std::fs::read(&path)
+        && is_whole(&archive)
+    {
+        return Ok(archive);
+    }
+    std::fs::create_dir_all(folder)?;
+    let mut part = tempfile::NamedTempFile::new_in(folder)?; // nobody sees half a file
+    part.write_all(data::ARCHIVE)?;
+    part.persist(&path)
+        .map_err(|error| Error::new(error.to_string()))?;
+    let archive = std::fs::read(&path)?;
+    match is_whole(&archive) {
+        true => Ok(archive),
+        false => Err(Error::argument(
+            format!("{} is damaged", path.display()),
+            "Look at the disk that it is on",
+        )),
+    }
+}
+
+/// pixels: f32[batch, 8 * 8, 1], classes: u32[batch].
+struct Batch {
+    pixels: Tensor,
+    classes: Tensor,
+}
+
+fn collate(digits: &[Digit]) -> CandleResult<Batch> {
+    let pixels = digits.iter().flat_map(|digit| digit.pixels.iter().copied());
+    let classes = digits.iter().map(|digit| digit.class as u32);
+    Ok(Batch {
+        pixels: Tensor::from_iter(pixels, &Device::Cpu)?.reshape((digits.len(), (), 1))?,
+        classes: Tensor::from_iter(classes, &Device::Cpu)?,
+    })
+}
+
+/// Reading, as a task for the trainer.
+struct Reader {
+    fabric: Fabric,
+    lr: f64,
+    steps: u64,
+}
+
+type Model = CandleModel<Network>;
+
+impl Task<Model> for Reader {
+    type Batch = Batch;
+
+    fn training_step<'a>(
+        &'a self,
+        model: &'a FabricModule<Model>,
+        batch: &'a Batch,
+    ) -> Result<(f64, impl Backward + 'a)> {
+        let logits = self.fabric.autocast(&batch.pixels, |x| model.forward(x))?;
+        let loss = candle_nn::loss::cross_entropy(&logits, &batch.classes)?;
+        Ok((scalar(&loss)?, Loss(loss)))
+    }
+
+    fn validation_step(&self, model: &FabricModule<Model>, batch: &Batch) -> Result<Vec<Vec<f64>>> {
+        let logits = self.fabric.autocast(&batch.pixels, |x| model.forward(x))?;
+        let odds = candle_nn::ops::log_softmax(&logits, 1)?;
+        let odds = odds.gather(&batch.classes.unsqueeze(1)?, 1)?.squeeze(1)?;
+        let losses = odds
+            .neg()?
+            .to_dtype(candle_core::DType::F64)?
+            .to_vec1::<f64>()?;
+        let right = best(&logits)?
+            .into_iter()
+            .zip(batch.classes.to_vec1::<u32>()?);
+        let scores = losses.into_iter().zip(right);
+        let score = |(loss, (best, class))| vec![loss, f64::from(u8::from(best == class))];
+        Ok(scores.map(score).collect())
+    }
+
+    fn scores(&self) -> Vec<&'static str> {
+        vec!["val_loss", "val_accuracy"]
+    }
+
+    /// A short warm-up, then a cosine down to a hundredth.
+    fn learning_rate(&self, step: u64) -> Option<f64> {
+        let warm = ((step + 1) as f64 / 10.0).min(1.0);
+        let done = (step as f64 / self.steps as f64).min(1.0);
+        Some(self.lr * warm * (0.505 + 0.495 * (std::f64::consts::PI * done).cos()))
+    }
+}
+
+/// Two convolutions and a linear layer, each a unit: 8x8x1, 8x8x16, 4x4x32, 10 classes.
+struct Network {
+    convolutions: [Convolution; 2],
+    unit: Unit,
+    head: Linear,
+}
+
+impl Network {
+    fn new(vb: &VarBuilder) -> CandleResult<Self> {
+        let convolutions = [
+            Convolution::new((8, 1), (1, 16), &vb.pp("conv.0"))?,
+            Convolution::new((8, 2), (16, 32), &vb.pp("conv.1"))?,
+        ];
+        let vb = vb.pp("head");
+        Ok(Self {
+            convolutions,
+            unit: Unit::new(&vb)?,
+            head: candle_nn::linear(4 * 4 * 32, CLASSES, vb)?,
+        })
+    }
+
+    /// pixels: [batch, 8 * 8, 1] -> logits: [batch, 10].
+    fn forward(&self, pixels: &Tensor) -> CandleResult<Tensor> {
+        let [first, second] = &self.convolutions;
+        let x = second.forward(&first.forward(pixels)?)?;
+        self.unit.run(&x.flatten_from(1)?, |x| self.head.forward(x))
+    }
+}
+
+/// A 3x3 convolution and what of its result is above zero, as a product of matrices: each place's 3x3 neighbours are one
+/// row. Channels last.
+struct Convolution {
+    unit: Unit,
+    linear: Linear,     // [to channels, 9 * from channels]
+    neighbours: Tensor, // u32[places * 9]: of each place that is computed; `side * side` is the border
+}
+
+impl Convolution {
+    fn new(
+        (side, stride): (usize, usize),
+        (from, to): (usize, usize),
+        vb: &VarBuilder,
+    ) -> CandleResult<Self> {
+        let places = || (0..side).step_by(stride);
+        let around = |y: usize, x: usize| (0..9).map(move |near| (y + near / 3, x + near % 3));
+        let number =
+            |(y, x): (usize, usize)| match (1..=side).contains(&y) && (1..=side).contains(&x) {
+                true => ((y - 1) * side + x - 1) as u32,
+                false => (side * side) as u32,
+            };
+        let all = places().flat_map(|y| places().map(move |x| (y, x)));
+        let neighbours: Vec<u32> = all.flat_map(|(y, x)| around(y, x).map(number)).collect();
+        Ok(Self {
+            unit: Unit::new(vb)?,
+            linear: candle_nn::linear(9 * from, to, vb.clone())?,
+            neighbours: Tensor::new(neighbours, vb.device())?,
+        })
+    }
+
+    /// [batch, side * side, from channels] -> [batch, places, to channels].
+    fn forward(&self, x: &Tensor) -> CandleResult<Tensor> {
+        self.unit.run(x, |x| {
+            let (batch, _, from) = x.dims3()?;
+            let border = Tensor::zeros((batch, 1, from), x.dtype(), x.device())?;
+            let rows = Tensor::cat(&[x, &border], 1)?.index_select(&self.neighbours, 1)?;
+            let places = self.neighbours.elem_count() / 9;
+            let rows = rows.reshape((batch * places, 9 * from))?;
+            let linear = self.linear.forward(&rows)?.relu()?;
+            linear.reshape((batch, places, ()))
+        })
+    }
+}
