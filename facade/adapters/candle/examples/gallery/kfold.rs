@@ -27,7 +27,7 @@ pub struct Args {
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(2..=100))]
     folds: u64,
     /// Epochs of each model
-    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..))]
     epochs: u64,
     /// Samples in a batch, on each process
     #[arg(long, default_value_t = 24, value_parser = clap::value_parser!(u64).range(1..))]

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use candle_core::{DType, Device, Result as CandleResult, Tensor, Var};
 use candle_nn::{Init, VarBuilder};
-use fabric::{Fabric, ReduceOp, Result, optim::AdamW};
+use fabric::{Clip, Fabric, ReduceOp, Result, optim::AdamW};
 use fabric_candle::{CandleFabric, Loss};
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
@@ -41,7 +41,7 @@ pub struct Args {
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..))]
     inner_steps: u64,
     /// The inner loop's learning rate
-    #[arg(long, default_value_t = 0.02)]
+    #[arg(long, default_value_t = 0.01)]
     inner_lr: f64,
     /// The outer loop's learning rate
     #[arg(long, default_value_t = 2e-3)]
@@ -76,6 +76,7 @@ fn run(fabric: &Fabric, args: &Args) -> Result<()> {
         // every gradient from here, averaged over the ranks under whatever strategy.
         let surrogate = model.along(&gradients)?;
         fabric.backward(Loss(&surrogate))?;
+        fabric.clip_gradients(&model, Clip::norm(10.0))?; // a task may go wrong in the inner loop
         optimizer.step()?;
         optimizer.zero_grad();
         if (step + 1) % every == 0 {
@@ -116,10 +117,17 @@ impl Learner {
         let mut params = Vec::new();
         for (number, (inputs, outputs)) in SIZES.into_iter().enumerate() {
             let vb = vb.pp(format!("layer.{number}"));
-            let stdev = (2.0 / inputs as f64).sqrt();
+            let stdev = 1.0 / (inputs as f64).sqrt();
             let normal = Init::Randn { mean: 0.0, stdev };
             params.push(vb.get_with_hints((inputs, outputs), "weight", normal)?);
-            params.push(vb.get_with_hints((1, outputs), "bias", Init::Const(0.0))?);
+            params.push(vb.get_with_hints(
+                (1, outputs),
+                "bias",
+                Init::Uniform {
+                    lo: -stdev,
+                    up: stdev,
+                },
+            )?);
         }
         Ok(Self(params))
     }
