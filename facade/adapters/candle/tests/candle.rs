@@ -3,12 +3,18 @@
 
 #[path = "candle/absence.rs"]
 mod absence;
+#[path = "../examples/gallery/ppo/cartpole.rs"]
+mod cartpole;
 #[path = "candle/example.rs"]
 mod example;
+#[path = "candle/gallery.rs"]
+mod gallery;
 #[path = "candle/gradients.rs"]
 mod gradients;
 #[path = "../examples/gpt/model.rs"]
 mod model;
+#[path = "candle/program.rs"]
+mod program;
 #[path = "candle/puppet.rs"]
 mod puppet;
 #[path = "candle/tensors.rs"]

@@ -3,7 +3,7 @@
 
 use std::{io::Write, path::Path, time::Instant};
 
-use candle_core::{Device, Result as CandleResult, Tensor};
+use candle_core::{DType, Device, Result as CandleResult, Tensor};
 use fabric::{
     Fabric, FabricModule, FabricOptimizer, ReduceOp, Result, data::DataLoader, optim::AdamW,
 };
@@ -78,10 +78,7 @@ fn run(fabric: &Fabric, args: &Args) -> Result<()> {
         }
     }
     // All ranks draw, because under fsdp a model is run by all; rank 0 shows what it drew.
-    let drawn = game
-        .forge(ROWS * COLUMNS)?
-        .flatten_all()?
-        .to_vec1::<f32>()?;
+    let drawn = pixels(&game.forge(ROWS * COLUMNS)?)?;
     if fabric.is_global_zero() {
         let path = args.job.out("gan").join("samples.pgm");
         write_picture(&path, &drawn)?;
@@ -89,7 +86,7 @@ fn run(fabric: &Fabric, args: &Args) -> Result<()> {
         eprintln!("the picture is {}", path.display());
     }
     fabric.barrier()?; // when anybody goes on, the picture is there
-    let sample = game.forge(400)?.flatten_all()?.to_vec1::<f32>()?;
+    let sample = pixels(&game.forge(400)?)?;
     let fake = Pixels::of(&fabric.all_gather_object(&sample)?.concat());
     let results = json!({
         "epochs": args.epochs,
@@ -138,7 +135,8 @@ impl Game {
         // model, which the loss does not touch, takes no part in the backward. One forward for both kinds of digits: a
         // unit's parameters are gathered once.
         let fake = self.forge(count)?.detach();
-        let verdicts = self.judge(&Tensor::cat(&[real, &fake], 0)?)?;
+        let both = Tensor::cat(&[&real.to_dtype(fake.dtype())?, &fake], 0)?;
+        let verdicts = self.judge(&both)?;
         let (of_real, of_fake) = (
             verdicts.narrow(0, 0, count)?,
             verdicts.narrow(0, count, count)?,
@@ -187,6 +185,10 @@ impl Game {
 /// ln(1 + e^x), which does not overflow: the cross-entropy of a logit x for "no".
 fn softplus(x: &Tensor) -> CandleResult<Tensor> {
     x.relu()? + (x.abs()?.neg()?.exp()? + 1.0)?.log()?
+}
+
+fn pixels(digits: &Tensor) -> CandleResult<Vec<f32>> {
+    digits.flatten_all()?.to_dtype(DType::F32)?.to_vec1()
 }
 
 /// What can be said of digits without looking at them: the mean of each pixel, and how far digits are from it.

@@ -85,18 +85,19 @@ fn run(fabric: &Fabric, args: &Args) -> Result<()> {
         for fold in &mut folds {
             fold.train_epoch(fabric)?;
         }
-        let accuracies = judge(fabric, &folds)?;
+        let (accuracies, _) = judge(fabric, &folds)?;
         let (mean, deviation) = mean_and_deviation(&accuracies);
         tell(
             fabric,
             format!("epoch {}: {mean:.4} +- {deviation:.4}", epoch + 1),
         );
     }
-    let accuracies = judge(fabric, &folds)?;
+    let (accuracies, samples) = judge(fabric, &folds)?;
     let (mean, deviation) = mean_and_deviation(&accuracies);
     let results = json!({
         "folds": args.folds,
         "epochs": args.epochs,
+        "samples": samples,
         "accuracies": accuracies,
         "mean_accuracy": mean,
         "deviation": deviation,
@@ -118,8 +119,8 @@ impl Fold {
         Ok(())
     }
 
-    /// The share of the samples left out that the model gets right, each counted once whatever the number of ranks.
-    fn accuracy(&self, fabric: &Fabric) -> Result<f64> {
+    /// Of each sample left out, whether the model gets it right: once, whatever the number of ranks.
+    fn judge(&self, fabric: &Fabric) -> Result<Vec<bool>> {
         let mut right = Vec::new();
         for batch in &self.left_out {
             let (pixels, classes) = batch?;
@@ -128,13 +129,20 @@ impl Fold {
             let own: Vec<bool> = own.map(|(best, class)| best == class).collect();
             right.extend(fabric.gather_for_metrics(&self.left_out, own)?);
         }
-        let count = right.iter().filter(|right| **right).count();
-        Ok(count as f64 / right.len() as f64)
+        Ok(right)
     }
 }
 
-fn judge(fabric: &Fabric, folds: &[Fold]) -> Result<Vec<f64>> {
-    folds.iter().map(|fold| fold.accuracy(fabric)).collect()
+/// The share of the samples left out that each model gets right, and how many they are together.
+fn judge(fabric: &Fabric, folds: &[Fold]) -> Result<(Vec<f64>, usize)> {
+    let (mut accuracies, mut samples) = (Vec::new(), 0);
+    for fold in folds {
+        let right = fold.judge(fabric)?;
+        let count = right.iter().filter(|right| **right).count();
+        accuracies.push(count as f64 / right.len() as f64);
+        samples += right.len();
+    }
+    Ok((accuracies, samples))
 }
 
 fn collate(digits: &[Digit]) -> CandleResult<Batch> {

@@ -22,6 +22,7 @@ use serde_json::json;
 
 use crate::job::{Job, report, tell};
 
+const FIRST: usize = 20; // episodes that show what a beginner can
 const LATEST: usize = 50; // episodes that are judged by
 const SHARDED: [&str; 2] = ["fsdp", "hsdp"];
 
@@ -229,7 +230,7 @@ impl Record {
     /// Episodes ended with these returns.
     fn add(&mut self, returns: &[f64]) {
         for own in returns {
-            if self.first.len() < LATEST {
+            if self.first.len() < FIRST {
                 self.first.push(*own);
             }
             self.latest.push_back(*own);
