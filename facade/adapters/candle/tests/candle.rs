@@ -5,6 +5,8 @@
 mod absence;
 #[path = "../examples/gallery/ppo/cartpole.rs"]
 mod cartpole;
+#[path = "../examples/gallery/convolution.rs"]
+mod convolution;
 #[path = "candle/example.rs"]
 mod example;
 #[path = "candle/gallery.rs"]

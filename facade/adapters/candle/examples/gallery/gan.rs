@@ -29,7 +29,7 @@ pub struct Args {
     #[command(flatten)]
     job: Job,
     /// Epochs
-    #[arg(long, default_value_t = 80, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, default_value_t = 160, value_parser = clap::value_parser!(u64).range(1..))]
     epochs: u64,
     /// Samples in a batch, on each process
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u64).range(1..))]

@@ -2,6 +2,7 @@
 //! --devices 2`. Each is a file of its own and shows something else; each ends with one JSON object on standard output.
 //! The language model is an example of its own, `gpt`.
 
+mod convolution;
 #[path = "../../../../examples/trainer/data.rs"]
 mod data;
 mod digits;

@@ -29,7 +29,7 @@ pub struct Args {
     #[command(flatten)]
     job: Job,
     /// Steps of the outer loop
-    #[arg(long, default_value_t = 2000, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, default_value_t = 3000, value_parser = clap::value_parser!(u64).range(1..))]
     steps: u64,
     /// Tasks in a step, on each process
     #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u64).range(1..))]

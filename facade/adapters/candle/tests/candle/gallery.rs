@@ -77,10 +77,11 @@ fn a_damaged_download_is_made_again_and_one_that_fails_fails_for_all() {
 #[test]
 fn a_gan_draws_what_has_the_look_of_digits() {
     let folder = tempfile::tempdir().unwrap();
-    let whole = learn(folder.path(), "gan --epochs=20 --strategy=ddp");
-    // What is drawn from noise alone is grey: a quarter away from the mean of digits, and all alike.
-    assert!(number(&whole, "mean_error") < 0.12, "{whole}");
-    assert!((0.6..1.3).contains(&number(&whole, "spread")), "{whole}");
+    let whole = learn(folder.path(), "gan --epochs=40 --strategy=ddp");
+    let young = learn_anew("gan --epochs=1");
+    assert!(number(&young, "mean_error") > 0.2, "{young}"); // grey, and far from the mean of all digits
+    assert!(number(&whole, "mean_error") < 0.1, "{whole}");
+    assert!((0.7..1.3).contains(&number(&whole, "spread")), "{whole}"); // and not all alike
     for loss in ["discriminator_loss", "generator_loss"] {
         assert!((0.3..3.0).contains(&number(&whole, loss)), "{whole}");
     }
@@ -90,7 +91,7 @@ fn a_gan_draws_what_has_the_look_of_digits() {
     assert_eq!(picture.len(), header.len() + 80 * 32);
     let drawn = &picture[header.len()..];
     assert!(drawn.contains(&0) && drawn.iter().any(|grey| *grey > 200));
-    let sharded = learn_anew("gan --epochs=20 --strategy=fsdp");
+    let sharded = learn_anew("gan --epochs=40 --strategy=fsdp");
     assert_eq!(sharded["mean_error"], whole["mean_error"]); // two models, in shards
 }
 
