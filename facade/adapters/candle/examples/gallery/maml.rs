@@ -32,7 +32,7 @@ pub struct Args {
     #[arg(long, default_value_t = 3000, value_parser = clap::value_parser!(u64).range(1..))]
     steps: u64,
     /// Tasks in a step, on each process
-    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u64).range(1..))]
     tasks: u64,
     /// Points that a task is learnt from
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..))]
@@ -43,8 +43,8 @@ pub struct Args {
     /// The inner loop's learning rate
     #[arg(long, default_value_t = 0.01)]
     inner_lr: f64,
-    /// The outer loop's learning rate
-    #[arg(long, default_value_t = 2e-3)]
+    /// The outer loop's largest learning rate
+    #[arg(long, default_value_t = 4e-3)]
     lr: f64,
 }
 
@@ -65,6 +65,7 @@ fn run(fabric: &Fabric, args: &Args) -> Result<()> {
     };
     let (mut rng, every) = (stream(0), (args.steps / 10).max(1));
     for step in 0..args.steps {
+        optimizer.set_learning_rate(args.lr * (1.0 - step as f64 / args.steps as f64));
         let sines = Sines::draw(args.tasks as usize, &mut rng);
         let (support, query) = (
             sines.points(args.shots, &mut rng)?,

@@ -115,7 +115,7 @@ fn five_folds_judge_every_sample_once() {
 // EX-05
 #[test]
 fn ten_points_are_enough_for_who_has_learnt_to_learn() {
-    let learnt = learn_anew("maml --steps=1000");
+    let learnt = learn_anew("maml --steps=2000");
     assert!(number(&learnt, "loss_before") > 1.0, "{learnt}");
     assert!(number(&learnt, "ratio") < 0.25, "{learnt}");
     let unlearnt = learn_anew("maml --steps=1");
