@@ -5,8 +5,8 @@ use candle_nn::{Linear, Module, VarBuilder};
 use fabric_candle::Unit;
 
 /// A 3x3 convolution and what of its result is above zero, as a product of matrices: each place's 3x3 neighbours are one
-/// row. Channels last. Forward and backward of the second take 0.8 ms for 24 digits on one core; candle's `conv2d` takes 2.5,
-/// most of it backward.
+/// row. Channels last. From 8x8x32 to 4x4x64, 24 images, forward and backward on one core: 0.8 ms; candle's `conv2d` takes 2.5,
+/// 2.1 of them backward.
 pub struct Convolution {
     unit: Unit,
     linear: Linear,     // [to channels, 9 * from channels]

@@ -94,6 +94,7 @@ fn train(fabric: &Fabric, args: &Args) -> Result<()> {
     let test = || DataLoader::new(test.clone()).batch_size(60);
     let reader = Reader {
         fabric: fabric.clone(),
+        seed: args.job.seed,
         lr: args.lr,
         steps,
     };
@@ -111,36 +112,44 @@ fn train(fabric: &Fabric, args: &Args) -> Result<()> {
     let validation = test().collate(|digits| Ok(collate(&digits)?));
     let trained = trainer.fit(fabric, &reader, (model, optimizer), (train, validation))?;
 
-    // What was saved is what was trained: another model, with other first values, reads as well after loading.
     let path = args.out().join("model.safetensors");
     fabric.save(&path, State::new().model("model", &trained.model))?;
-    Fabric::seed_everything(Some(args.job.seed + 1))?;
-    let other = fabric.setup_module(fabric.init_module(|vb| Network::new(&vb))?)?;
-    fabric.load(&path, State::new().model("model", &other))?;
-    let loader = fabric.setup_dataloaders(test().collate(|digits| Ok(collate(&digits)?)))?;
-    let mut right = Vec::new();
-    for batch in &loader {
-        let scores = reader.validation_step(&other, &batch?)?;
-        right.extend(fabric.gather_for_metrics(&loader, scores)?);
-    }
-    let reloaded = right.iter().map(|score| score[1]).sum::<f64>() / right.len() as f64;
+    let (reloaded, count) = reread(fabric, &reader, &path, test())?;
 
     let (progress, metrics) = (trained.state.progress, &trained.state.metrics);
     let number = |name| metrics.get(name).unwrap_or(f64::NAN);
-    tell(
-        fabric,
-        format!("{reloaded:.4} of {} digits are read", right.len()),
-    );
+    tell(fabric, format!("{reloaded:.4} of {count} digits are read"));
     let results = json!({
         "epochs": progress.epoch,
         "steps": progress.steps,
         "train_loss": number("loss"),
         "test_loss": number("val_loss"),
         "test_accuracy": number("val_accuracy"),
-        "test_samples": right.len(),
+        "test_samples": count,
         "reloaded_accuracy": reloaded,
     });
     report(fabric, started, results)
+}
+
+/// What was saved is what was trained: another model, with other first values, reads as well after loading. The share of
+/// the samples that it gets right, and how many they are.
+fn reread(
+    fabric: &Fabric,
+    reader: &Reader,
+    path: &Path,
+    samples: DataLoader<Vec<Digit>>,
+) -> Result<(f64, usize)> {
+    Fabric::seed_everything(Some(reader.seed.wrapping_add(1)))?;
+    let model = fabric.setup_module(fabric.init_module(|vb| Network::new(&vb))?)?;
+    fabric.load(path, State::new().model("model", &model))?;
+    let loader = fabric.setup_dataloaders(samples.collate(|digits| Ok(collate(&digits)?)))?;
+    let mut right = Vec::new();
+    for batch in &loader {
+        let scores = reader.validation_step(&model, &batch?)?;
+        right.extend(fabric.gather_for_metrics(&loader, scores)?);
+    }
+    let sum: f64 = right.iter().map(|score| score[1]).sum();
+    Ok((sum / right.len() as f64, right.len()))
 }
 
 /// The digits' file, in `folder`. Rank 0 is here first and makes it, as it would download it; the others find it. All look
@@ -239,6 +248,7 @@ fn collate(digits: &[Digit]) -> CandleResult<Batch> {
 /// Reading, as a task for the trainer.
 struct Reader {
     fabric: Fabric,
+    seed: u64,
     lr: f64,
     steps: u64,
 }

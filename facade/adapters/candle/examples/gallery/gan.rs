@@ -5,7 +5,7 @@ use std::{io::Write, path::Path, time::Instant};
 
 use candle_core::{DType, Device, Result as CandleResult, Tensor};
 use fabric::{
-    Fabric, FabricModule, FabricOptimizer, ReduceOp, Result, data::DataLoader, optim::AdamW,
+    Error, Fabric, FabricModule, FabricOptimizer, ReduceOp, Result, data::DataLoader, optim::AdamW,
 };
 use fabric_candle::{CandleFabric, CandleModel, Loss};
 use rand::Rng;
@@ -59,6 +59,12 @@ fn run(fabric: &Fabric, args: &Args) -> Result<()> {
         .shuffle(true)
         .drop_last(true);
     let loader = fabric.setup_dataloaders(loader)?;
+    if loader.is_empty() {
+        return Err(Error::argument(
+            format!("batches of {} fill no step of all processes", args.batch),
+            "Choose a smaller --batch, or fewer --devices",
+        ));
+    }
     let mut game = Game::new(fabric, args)?;
     let (mut losses, mut steps) = ((0.0, 0.0), 0);
     for epoch in 1..=args.epochs {

@@ -175,6 +175,7 @@ fn mistakes_are_answered_with_what_to_try() {
         ("digits --epochs=0", "0 is not in 1.."),
         ("kfold --folds=1", "1 is not in 2..=100"),
         ("gan --strategy=dpp", "strategy 'dpp' is not known"),
+        ("gan --batch=1000", "Choose a smaller --batch"),
         ("maml --precision=31", "precision '31' is not known"),
         (
             "ppo --decoupled --devices=1",
