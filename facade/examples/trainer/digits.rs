@@ -1,54 +1,21 @@
-//! Handwritten digits, 8 by 8 pixels: the data, and a network over plain vectors that computes its own gradients.
+//! A network over plain vectors that computes its own gradients, and learns to read handwritten digits.
 
 use std::ops::Range;
 
 use fabric::{
-    Error, FabricModule, Result,
+    FabricModule, Result,
     engine::Result as EngineResult,
     model::Backward,
     vec::{Block, Chain, Init, Link, VecModel},
 };
-use rand::{Rng, seq::SliceRandom};
+use rand::Rng;
 
-use crate::trainer::Task;
+use crate::{
+    data::{CLASSES, Digit, PIXELS},
+    trainer::Task,
+};
 
-pub const PIXELS: usize = 64;
-pub const CLASSES: usize = 10;
 const HIDDEN: [usize; 2] = [96, 48];
-
-/// An image, each pixel from 0 to 1, and its digit.
-#[derive(Clone, Debug)]
-pub struct Digit {
-    pub pixels: Vec<f32>,
-    pub class: usize,
-}
-
-/// All 1,797, in an order that hides who wrote them: 1,440 to learn from, 357 for testing.
-pub fn read() -> Result<(Vec<Digit>, Vec<Digit>)> {
-    let mut rows = csv::ReaderBuilder::new();
-    let mut rows = rows
-        .has_headers(false)
-        .from_reader(flate2::read::GzDecoder::new(DATA));
-    let mut digits = Vec::new();
-    for row in rows.deserialize() {
-        let row: Vec<u8> = row?;
-        let [pixels @ .., class] = &row[..] else {
-            return Err(Error::new("an empty row of digits"));
-        };
-        digits.push(Digit {
-            pixels: pixels
-                .iter()
-                .map(|pixel| f32::from(*pixel) / 16.0)
-                .collect(),
-            class: usize::from(*class),
-        });
-    }
-    digits.shuffle(&mut fabric::seed::rng(1798));
-    let test = digits.split_off(1440);
-    Ok((digits, test))
-}
-
-const DATA: &[u8] = include_bytes!("../data/digits.csv.gz");
 
 /// Three layers, each a unit: 64 pixels, 96, 48, 10 classes.
 pub struct Digits {

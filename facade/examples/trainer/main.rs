@@ -2,6 +2,7 @@
 //! strategy. `cargo run --release -p fabric-facade --example trainer -- --devices 2 --strategy fsdp`; interrupt it, and
 //! `--resume` goes on where it was, on `--devices 3 --strategy zero1` if you like.
 
+mod data;
 mod digits;
 mod trainer;
 
@@ -88,7 +89,7 @@ fn main() -> Result<()> {
 fn train(fabric: &Fabric, args: &Args) -> Result<()> {
     let seed = Fabric::seed_everything(Some(11))?;
     fabric.print(fabric.explain());
-    let (train, test) = digits::read()?;
+    let (train, test) = data::read(data::ARCHIVE)?;
     let train = DataLoader::new(train).batch_size(args.batch).shuffle(true);
     let test = DataLoader::new(test).batch_size(60);
     let (model, network) = Digits::new(seed)?;

@@ -43,6 +43,9 @@
 //!
 //! Some of candle's fused operations have no backward and cut the gradient without a word: [`UNUSED_HINT`] names them.
 //! Fabric warns after the first step of parameters that no gradient reached.
+//!
+//! One operation has a wrong gradient: `max_pool2d`'s (candle 0.11) is divided by the places of its window, a quarter of what it
+//! should be for 2x2. Use a convolution with a stride, or `avg_pool2d`.
 #![forbid(unsafe_code)]
 
 mod away;

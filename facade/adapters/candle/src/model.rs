@@ -1,6 +1,6 @@
 //! A candle model as Fabric's: built through a `VarBuilder` of ours, so that its parameters are known and hooked.
 
-use std::{ops::Deref, sync::Arc};
+use std::{borrow::Borrow, ops::Deref, sync::Arc};
 
 use candle_core::{DType, Device, Result, Tensor, Var, bail};
 use candle_nn::VarBuilder;
@@ -188,10 +188,10 @@ impl<M: Send + Sync + 'static> Model for CandleModel<M> {
     }
 }
 
-/// A loss of candle's, for `fabric.backward`.
-pub struct Loss<'a>(pub &'a Tensor);
+/// A loss of candle's, for `fabric.backward`: borrowed, or owned where a function makes it and gives it away.
+pub struct Loss<T>(pub T);
 
-impl Backward for Loss<'_> {
+impl<T: Borrow<Tensor>> Backward for Loss<T> {
     fn backward(self, scale: f32) -> EngineResult<()> {
         let library = |error| {
             Error::library(
@@ -199,10 +199,11 @@ impl Backward for Loss<'_> {
                 away::explain(error, || away::HINT.into()),
             )
         };
+        let loss = self.0.borrow();
         let scaled = if scale == 1.0 {
-            self.0.clone()
+            loss.clone()
         } else {
-            self.0.affine(f64::from(scale), 0.0).map_err(library)?
+            loss.affine(f64::from(scale), 0.0).map_err(library)?
         };
         scaled.backward().map(drop).map_err(library)
     }

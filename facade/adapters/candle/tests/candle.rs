@@ -3,12 +3,20 @@
 
 #[path = "candle/absence.rs"]
 mod absence;
+#[path = "../examples/gallery/ppo/cartpole.rs"]
+mod cartpole;
+#[path = "../examples/gallery/convolution.rs"]
+mod convolution;
 #[path = "candle/example.rs"]
 mod example;
+#[path = "candle/gallery.rs"]
+mod gallery;
 #[path = "candle/gradients.rs"]
 mod gradients;
 #[path = "../examples/gpt/model.rs"]
 mod model;
+#[path = "candle/program.rs"]
+mod program;
 #[path = "candle/puppet.rs"]
 mod puppet;
 #[path = "candle/tensors.rs"]

@@ -2,35 +2,15 @@
 
 use std::{
     path::{Path, PathBuf},
-    process::{Command, Stdio},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use serde_json::Value;
 
-const LIMIT: Duration = Duration::from_secs(60);
+use crate::program::{Ran, report, run};
 
-/// What a run left.
-struct Ran {
-    ok: bool,
-    stdout: String,
-    stderr: String,
-    took: Duration,
-}
-
-/// Run the example, which `cargo test` has built beside this test, with tiny sizes and then `args`.
+/// Run the example with tiny sizes and then `args`.
 fn gpt(folder: &Path, args: &[&str]) -> Ran {
-    let tests = std::env::current_exe().unwrap();
-    let path = tests
-        .parent()
-        .unwrap()
-        .parent()
-        .unwrap()
-        .join("examples/gpt");
-    assert!(
-        path.exists(),
-        "build it first: cargo build -p fabric-candle --examples"
-    );
     let text = folder.join("text.txt");
     std::fs::write(
         &text,
@@ -52,35 +32,12 @@ fn gpt(folder: &Path, args: &[&str]) -> Ran {
         &format!("--data={}", text.display()),
         &format!("--out={}", folder.join("out").display()),
     ];
-    let started = Instant::now();
-    let mut child = Command::new(path)
-        .args(defaults.iter().filter(|default| !given(default)))
-        .args(args)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    while child.try_wait().unwrap().is_none() {
-        if started.elapsed() > LIMIT {
-            child.kill().unwrap();
-            panic!("{args:?} takes longer than {LIMIT:?}");
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    let took = started.elapsed();
-    let output = child.wait_with_output().unwrap();
-    Ran {
-        ok: output.status.success(),
-        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
-        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
-        took,
-    }
-}
-
-fn report(ran: &Ran) -> Value {
-    assert!(ran.ok, "{}", ran.stderr);
-    serde_json::from_str(ran.stdout.lines().last().unwrap()).unwrap()
+    let defaults = defaults.iter().copied();
+    let defaults = defaults.filter(|default| !given(default));
+    run(
+        "gpt",
+        &defaults.chain(args.iter().copied()).collect::<Vec<_>>(),
+    )
 }
 
 #[test]

@@ -11,7 +11,9 @@ use fabric::{
 use fabric_candle::{CandleModel, Loss};
 
 use crate::{
-    CPU, Mlp, assert_close, build_with, flat,
+    CPU, Mlp, assert_close, build_with,
+    convolution::Convolution,
+    flat,
     model::{Config, Gpt, batch},
     pairs, plain, ranks, share,
 };
@@ -264,6 +266,67 @@ fn candles_own_backward_on_a_model_that_was_set_up_says_what_to_call() {
     let text = result.unwrap_err().to_string();
     assert!(text.contains("Call fabric.backward(loss)"), "{text}");
     assert!(text.contains("'third.bias'"), "{text}");
+}
+
+/// EX-01: the gallery's convolution, whose neighbours are gathered into rows, against candle's `conv2d`.
+#[test]
+fn the_convolution_of_the_gallery_is_candles_and_so_are_its_gradients() {
+    for (side, stride) in [(8, 1), (8, 2), (5, 2), (1, 1)] {
+        let (from, to) = (3, 4);
+        let ours = build_with(3, DType::F64, |vb| {
+            Convolution::new((side, stride), (from, to), &vb.pp("conv"))
+        })
+        .unwrap();
+        let places = side * side;
+        let x = Tensor::randn(0f64, 1.0, (2, places, from), &CPU).unwrap();
+        let x = Var::from_tensor(&x).unwrap();
+        let y = ours.forward(&x).unwrap();
+        let grads = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+        let (by_x, y) = (grads.get(&x).unwrap(), flat(&y).unwrap());
+        let expected = ours.with_vars(|vars| {
+            let [(_, weight), (_, bias)] = vars else {
+                panic!("{} parameters", vars.len());
+            };
+            let kernel = weight.reshape((to, 3, 3, from))?.permute((0, 3, 1, 2))?;
+            let image = x.reshape((2, side, side, from))?.permute((0, 3, 1, 2))?;
+            let y = image
+                .contiguous()?
+                .conv2d(&kernel.contiguous()?, 1, stride, 1, 1)?;
+            let y = y.broadcast_add(&bias.reshape((1, to, 1, 1))?)?.relu()?;
+            let grads = y.sqr()?.sum_all()?.backward()?;
+            let by_x = grads.get(&x).map(flat).expect("a gradient");
+            Ok((flat(&y.permute((0, 2, 3, 1))?)?, by_x?))
+        });
+        let expected = expected.unwrap();
+        assert_close("output", &y, &expected.0, 1e-12);
+        assert_close("gradient", &flat(by_x).unwrap(), &expected.1, 1e-12);
+    }
+}
+
+#[test]
+fn a_loss_that_is_given_away_has_the_gradients_of_one_that_is_lent() {
+    let result = ranks(1).unwrap().launch_threads(|fabric| {
+        let model = build_with(3, DType::F32, Mlp::new)?;
+        let (model, mut optimizer) = fabric.setup(model, Sgd::new(0.1))?;
+        let loss = || model.loss(&pairs(1, 4, DType::F32)?);
+        let lent = loss()?;
+        fabric.backward_scaled(Loss(&lent), 0.5)?;
+        let by_lent = model.grad(ParamId(0));
+        optimizer.zero_grad();
+        fabric.backward_scaled(Loss(loss()?), 0.5)?;
+        assert_eq!(model.grad(ParamId(0)), by_lent);
+        Ok(by_lent.expect("a gradient").iter().any(|own| *own != 0.0))
+    });
+    assert_eq!(result.unwrap(), [true]);
+}
+
+/// What the crate's documentation warns of: when this fails, candle has been mended, and the warning can go.
+#[test]
+fn candles_max_pooling_has_a_quarter_of_its_gradient() {
+    let x = Var::new(&[[[[1f32, 2.0], [3.0, 4.0]]]], &CPU).unwrap();
+    let loss = x.max_pool2d(2).unwrap().sum_all().unwrap();
+    let grads = loss.backward().unwrap();
+    assert_eq!(flat(grads.get(&x).unwrap()).unwrap(), [0.0, 0.0, 0.0, 0.25]);
 }
 
 #[test]
