@@ -2,6 +2,8 @@
 //! consolidate` and `fabric inspect` are about checkpoints, `fabric env` and `fabric doctor` about this machine.
 
 mod consolidate;
+mod doctor;
+mod env;
 mod plan;
 mod program;
 mod run;
@@ -29,6 +31,8 @@ enum Command {
     Plan(plan::PlanArgs),
     Consolidate(consolidate::ConsolidateArgs),
     Inspect(consolidate::InspectArgs),
+    Env(env::EnvArgs),
+    Doctor(doctor::DoctorArgs),
     /// Print a shell's completions: fabric completions bash > ~/.local/share/bash-completion/completions/fabric
     Completions {
         /// The shell
@@ -36,6 +40,8 @@ enum Command {
     },
     #[command(hide = true)]
     ExecRank(program::ExecArgs),
+    #[command(hide = true)]
+    DoctorRank(doctor::RankArgs),
 }
 
 fn main() -> ExitCode {
@@ -45,6 +51,12 @@ fn main() -> ExitCode {
         Command::Consolidate(args) => {
             consolidate::consolidate(&args).and_then(|text| print(text.as_bytes()))
         }
+        Command::Doctor(args) => doctor::doctor(&args),
+        Command::DoctorRank(args) => match doctor::rank(&args) {
+            Ok(()) => Ok(()),
+            Err(_) => return ExitCode::FAILURE, // its supervisor knows why, and says so
+        },
+        Command::Env(args) => env::env(&args).and_then(|text| print(text.as_bytes())),
         Command::Inspect(args) => consolidate::inspect(&args)
             .and_then(|(text, verdict)| print(text.as_bytes()).and(verdict)),
         Command::Completions { shell } => {
