@@ -12,11 +12,13 @@ mod training;
 mod values;
 mod world;
 
-use std::sync::{
-    Arc, Mutex, MutexGuard,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
 };
-use std::time::Duration;
 
 use fabric_engine::{
     comm::{Aborter, Link, Spent, trace::Trace},

@@ -100,7 +100,7 @@ impl Findings {
     pub(super) fn hint(&self, wire: &str) -> String {
         let mut hint = match wire {
             "shm" => {
-                "Ranks share memory by sealed memfds, 16 GiB of address space each, of which only what is used counts: see \
+                "Ranks share memory by sealed memfds of up to 16 GiB of address space each, of which only what is used counts: see \
                  ulimit -v and -f, and whether the container allows memfd_create. FABRIC_WIRE=unix does without"
             }
             "unix" => {

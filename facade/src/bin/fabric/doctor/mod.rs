@@ -161,13 +161,17 @@ fn of_wire(
         }
     }
     let Some(error) = failure else { return found };
-    let mut due = due.into_iter();
-    if let Some(name) = due.next() {
+    if let Some((name, rest)) = due.split_first() {
+        let what = match rest {
+            [] => error.to_string(),
+            rest => format!(
+                "{error} ({} not tried)",
+                several(rest.len(), "further check")
+            ),
+        };
         let hint = findings.hint(wire);
-        found.push(Finding::fail(wire, name.into(), error.to_string(), hint));
+        found.push(Finding::fail(wire, name.to_string(), what, hint));
     }
-    let after = "not tried: what comes before has failed";
-    found.extend(due.map(|name| Finding::fail(wire, name.into(), after.into(), String::new())));
     found
 }
 
