@@ -247,6 +247,9 @@ impl Fabric {
     /// of which comes to this line and runs `body`), forwards signals, shows the first failure, leaves no process
     /// behind, and returns `None`.
     ///
+    /// When it returns, the job has been left: loggers are finalized, and of the ranks' connections no thread, no open file and no
+    /// memory is left in this process, once the models that were set up are dropped.
+    ///
     /// Ranks that were started by the supervisor have no standard input. A program may launch several times, one after the
     /// other: the ranks run all of it, the supervisor waits once.
     ///

@@ -54,8 +54,8 @@ impl Fabric {
                 ));
             }
         }
-        if !same_place {
-            return Ok(false);
+        if all.len() == 1 || !same_place {
+            return Ok(same_place); // alone, a rank shares with itself, also where it may not write
         }
         let place = place?;
         let folder = match place.parent() {
