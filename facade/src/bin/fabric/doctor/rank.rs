@@ -5,6 +5,7 @@ use std::{
     fs::{File, OpenOptions},
     io::Write,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use fabric::{Fabric, Result, engine::clock::Clock};
@@ -49,6 +50,9 @@ pub(super) fn parts() -> impl Iterator<Item = &'static str> {
     std::iter::once(MEET).chain(checks).chain([SPEEDS])
 }
 
+/// For long vectors, on one wire.
+const PATIENCE: Duration = Duration::from_secs(2);
+
 const MEET: &str = "ranks meet";
 const SPEEDS: &str = "speeds";
 
@@ -71,18 +75,44 @@ fn examine(fabric: &Fabric, book: &mut Book, quick: bool) -> Result<()> {
     let wire = fabric.wire().unwrap_or("no wire");
     let what = format!("{} ranks over {wire}", fabric.world_size());
     book.check(fabric, MEET, what, None)?;
-    let lengths: &[usize] = match quick {
-        true => &[1, 1000],
-        false => &[1, 1000, 300_001],
-    };
+    let pace = Pace::new(quick);
     for (name, check) in checks::ALL {
+        let lengths: &[usize] = match pace.is_short(fabric)? {
+            true => &[1, 1000],
+            false => &[1, 1000, 300_001],
+        };
         let (what, wrong) = check(fabric, lengths)?;
         book.check(fabric, name, what, wrong)?;
     }
-    for speed in speeds::measure(fabric, quick)? {
+    for speed in speeds::measure(fabric, pace.is_short(fabric)?)? {
         book.note(&Note::Speed(speed))?;
     }
     book.check(fabric, SPEEDS, "measured".into(), None)
+}
+
+/// How much time there is: where ranks wait for cores, everything takes longer, and less must do.
+struct Pace {
+    quick: bool,
+    clock: Clock,
+    begun: Duration,
+}
+
+impl Pace {
+    fn new(quick: bool) -> Self {
+        let clock = Clock::machine();
+        let begun = clock.now();
+        Self {
+            quick,
+            clock,
+            begun,
+        }
+    }
+
+    /// Whether little must do from here on: rank 0's clock decides.
+    fn is_short(&self, fabric: &Fabric) -> Result<bool> {
+        let late = self.clock.now() - self.begun > PATIENCE;
+        fabric.broadcast(self.quick || late, 0)
+    }
 }
 
 fn lose_one(fabric: &Fabric, book: &mut Book) -> Result<()> {

@@ -17,7 +17,7 @@ use super::findings::Speed;
 
 const LARGE_BYTES: usize = 64 << 20;
 const QUICK_BYTES: usize = 1 << 20;
-const MOST_TIMES: f64 = 5000.0;
+const MOST_TIMES: usize = 5000;
 
 /// Latencies, and a bandwidth: the same numbers on all ranks.
 pub(super) fn measure(fabric: &Fabric, quick: bool) -> Result<Vec<Speed>> {
@@ -70,15 +70,19 @@ fn timed(fabric: &Fabric, quick: bool, once: &mut dyn FnMut() -> Result<()>) -> 
         Ok::<_, fabric::Error>((clock.now() - begun).as_secs_f64())
     };
     time()?; // the first of a size sets things up
-    let one = time()?;
-    // All ranks must do it as often.
-    let times = fabric.broadcast(
-        (budget_s / one.max(1e-9)).clamp(3.0, MOST_TIMES) as usize,
-        0,
-    )?;
-    let mut took = (0..times).map(|_| time()).collect::<Result<Vec<_>>>()?;
+    let (begun, mut took) = (clock.now(), Vec::new());
+    // All ranks must do it as often: after 1, 2, 4, ... times rank 0 says whether there is time for as many again.
+    loop {
+        let batch = took.len().max(1);
+        took.extend((0..batch).map(|_| time()).collect::<Result<Vec<_>>>()?);
+        let spent_s = (clock.now() - begun).as_secs_f64();
+        let goes_on = spent_s < budget_s / 2.0 && took.len() < MOST_TIMES;
+        if !fabric.broadcast(goes_on, 0)? {
+            break;
+        }
+    }
     took.sort_by(f64::total_cmp);
-    fabric.all_reduce_value(took[times / 2], ReduceOp::Max)
+    fabric.all_reduce_value(took[took.len() / 2], ReduceOp::Max)
 }
 
 /// How fast one core copies memory: the best of several times.
