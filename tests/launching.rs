@@ -16,12 +16,12 @@ use rustix::process::Signal;
 
 use crate::process::{finish, lives, loss, signal};
 
-const CLI: &str = env!("CARGO_BIN_EXE_fabric-cli");
+pub(crate) const CLI: &str = env!("CARGO_BIN_EXE_fabric-cli");
 const TRAIN: &str = env!("CARGO_BIN_EXE_train");
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A program without the variables of whatever started these tests.
-fn program(path: &str, args: &[&str]) -> Command {
+pub(crate) fn program(path: &str, args: &[&str]) -> Command {
     let mut command = Command::new(path);
     command
         .args(args)

@@ -1,6 +1,7 @@
 //! Checkpoints know nothing of who wrote them: what one strategy has saved in one world, any other goes on from, to the
 //! bit. Method: folders are put together again by a reader of the test's own, and compared with the one file, byte by byte.
 
+mod consolidated;
 mod refusals;
 mod thrift;
 

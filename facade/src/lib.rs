@@ -29,6 +29,7 @@ pub mod error;
 mod fabric;
 pub mod launch;
 pub mod logger;
+pub mod machine;
 pub mod model;
 mod number;
 pub mod optim;

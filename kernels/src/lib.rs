@@ -58,4 +58,5 @@ pub use fill::{clamp, fill};
 pub use fold::{Fold, fold};
 pub use norm::{SumSquares, sum_squares};
 pub use optim::{Adam, Lion, Rule, Sgd, update};
+pub use simd::instruction_set;
 pub use span::{Span, SpanMut};

@@ -66,13 +66,13 @@ fn connect(member: &Arc<Member>, wire: &str) -> Result<Host> {
         ..Options::default()
     };
     let made = match wire {
-        "tcp" => Some(Host::tcp(member, options)?),
+        "tcp" => Ok(Host::tcp(member, options)?),
         "unix" => Host::unix(member, options)?,
         _ => Host::shm(member, options)?,
     };
-    made.ok_or_else(|| {
+    made.map_err(|why| {
         Error::argument(
-            format!("no {wire} between these ranks"),
+            format!("no {wire} between these ranks: {why}"),
             "Choose another wire",
         )
     })

@@ -124,15 +124,15 @@ impl Stage {
         let host = match wire {
             "best" => Host::best(&self.member, options),
             "tcp" => Host::tcp(&self.member, options),
-            "shm" => Host::shm(&self.member, options)?.ok_or_else(|| {
+            "shm" => Host::shm(&self.member, options)?.map_err(|why| {
                 Error::argument(
-                    "--wire shm, but these ranks cannot share memory",
+                    format!("--wire shm, but these ranks cannot share memory: {why}"),
                     "Start all ranks on one machine, as one user, in one container; or take --wire tcp",
                 )
             }),
-            "unix" => Host::unix(&self.member, options)?.ok_or_else(|| {
+            "unix" => Host::unix(&self.member, options)?.map_err(|why| {
                 Error::argument(
-                    "--wire unix, but these ranks cannot reach each other's Unix sockets",
+                    format!("--wire unix, but these ranks cannot reach each other's Unix sockets: {why}"),
                     "Start all ranks on one machine, as one user, in one container; or take --wire tcp",
                 )
             }),

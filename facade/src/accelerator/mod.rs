@@ -22,6 +22,7 @@
 
 mod cpu;
 mod cuda;
+mod device;
 mod metal;
 mod tpu;
 
@@ -29,6 +30,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 pub use cpu::Cpu;
 pub use cuda::Cuda;
+pub use device::Device;
 pub use metal::Metal;
 pub use tpu::Tpu;
 

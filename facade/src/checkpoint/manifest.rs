@@ -21,9 +21,9 @@ pub(super) struct Manifest {
     format: String,
     version: u64,
     /// How many ranks wrote it: for people; loading does not ask.
-    world: usize,
+    pub(super) world: usize,
     /// Under which strategy: for people, too.
-    strategy: String,
+    pub(super) strategy: String,
     pub(super) values: BTreeMap<String, Value>,
     /// The steps that each optimizer has taken.
     pub(super) optimizers: BTreeMap<String, u64>,

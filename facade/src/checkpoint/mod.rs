@@ -14,6 +14,9 @@
 //!   manifest.json           model.w: f32 [6, 6], two pieces
 //! ```
 //!
+//! [`consolidate`] makes the one file of a folder, without ranks, and [`inspect`] says what either holds; `fabric consolidate` and
+//! `fabric inspect` do so on the command line.
+//!
 //! Where parameters are updated in a wider type than the model computes with, that type is saved, and loaded again. A
 //! checkpoint may hold floats of fewer bits than are needed, which lose nothing; a rounded value is never loaded.
 //!
@@ -21,9 +24,11 @@
 //! before. What a killed job leaves is called `.NAME.tmp-XXXXXX` and can be removed.
 
 mod catalog;
+mod consolidate;
 mod dtype;
 mod file;
 mod holding;
+mod inspect;
 mod load;
 mod manifest;
 mod place;
@@ -36,6 +41,9 @@ use std::{collections::HashMap, path::Path, sync::Arc};
 
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
+
+pub use consolidate::{consolidate, consolidate_with};
+pub use inspect::{ListedPiece, ListedTensor, Listing, inspect};
 
 use crate::{
     callback::Ema,

@@ -61,6 +61,14 @@ impl NewFile {
         file.map_err(|error| refusal(&self.target.path, &error))
     }
 
+    /// Take the place, which must still be free.
+    pub(super) fn commit_new(self) -> Result<()> {
+        let Self { target, file } = self;
+        file.persist_noclobber(&target.path)
+            .map_err(|error| refusal(&target.path, &error.error))?;
+        sync(&target.folder).map_err(|error| refusal(&target.path, &error))
+    }
+
     /// Take the place. Returns what is left of the one before, when it cannot be removed.
     pub(super) fn commit(self) -> Result<Option<PathBuf>> {
         let Self { target, file } = self;

@@ -31,6 +31,8 @@ pub(super) struct Stored {
     is_folder: bool,
     /// Values, and the steps of optimizers, by name.
     pub(super) values: HashMap<String, Value>,
+    /// How many ranks wrote it, under which strategy; a folder knows.
+    pub(super) saved_by: Option<(usize, String)>,
     tensors: BTreeMap<String, Tensor>,
     headers: RefCell<HashMap<String, Header>>, // of the files that were looked into
 }
@@ -86,6 +88,7 @@ impl Stored {
         Ok(Self {
             path: path.into(),
             is_folder: true,
+            saved_by: Some((manifest.world, manifest.strategy)),
             values: manifest.values.into_iter().chain(steps).collect(),
             tensors: manifest.tensors,
             headers: RefCell::default(),
@@ -126,10 +129,16 @@ impl Stored {
         Ok(Self {
             path: path.into(),
             is_folder: false,
+            saved_by: None,
             values,
             tensors,
             headers: RefCell::new(HashMap::from([(String::new(), header)])),
         })
+    }
+
+    /// Whether it is a folder of files.
+    pub(super) fn is_folder(&self) -> bool {
+        self.is_folder
     }
 
     /// A tensor's description.
@@ -173,6 +182,19 @@ impl Stored {
         range: Range<usize>,
         f: &mut dyn FnMut(Range<usize>, Span<'_>) -> Result<()>,
     ) -> Result<()> {
+        self.read_slabs(name, range, &mut |part, slab| {
+            let numel = part.len();
+            f(part, slab.part(0..numel))
+        })
+    }
+
+    /// As [`Stored::read`]: the elements are the first of the slab, which is used again.
+    pub(super) fn read_slabs(
+        &self,
+        name: &str,
+        range: Range<usize>,
+        f: &mut dyn FnMut(Range<usize>, &Slab) -> Result<()>,
+    ) -> Result<()> {
         let dtype = self.dtype(name)?;
         let most = (CHUNK_BYTES / dtype.size()).min(range.len());
         let mut slab = Slab::zeroed(dtype, most);
@@ -186,7 +208,7 @@ impl Stored {
                     let file = self.place(&extent.file);
                     self.fault(name, &format!("{} cannot be read: {error}", file.display()))
                 })?;
-                f(start..start + numel, slab.part(0..numel))?;
+                f(start..start + numel, &slab)?;
             }
         }
         Ok(())

@@ -5,14 +5,19 @@ mod clip;
 mod collectives;
 mod first;
 mod group;
+mod leaving;
 mod record;
+mod shared_disk;
 mod training;
 mod values;
 mod world;
 
-use std::sync::{
-    Arc, Mutex, MutexGuard,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
 };
 
 use fabric_engine::{
@@ -25,13 +30,13 @@ pub use clip::Clip;
 pub use training::FabricOptimizer;
 
 use crate::{
-    accelerator::Hardware,
+    accelerator::{Device, Hardware},
     callback::{Callback, Callbacks},
     checkpoint::StateDictType,
     environment::{self, ClusterEnvironment, Detection, Lookup},
     error::{Error, Result},
     launch::{Job, supervise, threads},
-    logger::{Logger, Loggers, Status},
+    logger::{Logger, Loggers},
     model::Core,
     precision::{LossScaler, LossScalerState},
     rank_zero,
@@ -161,6 +166,19 @@ impl Builder {
         self
     }
 
+    /// What connects the ranks: "shm" (shared memory), "unix" (Unix sockets), "tcp", or "auto" (the default), the first of
+    /// these that reaches all ranks.
+    pub fn wire(mut self, name: &str) -> Self {
+        self.request.wire = Some(name.into());
+        self
+    }
+
+    /// How long one collective may take before it fails and names who is missing; 600 s unless told otherwise.
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.request.timeout = Some(timeout);
+        self
+    }
+
     /// Add a logger. Rank 0 writes to it.
     pub fn logger(mut self, logger: impl Logger + 'static) -> Self {
         self.loggers.push(Box::new(logger));
@@ -229,6 +247,9 @@ impl Fabric {
     /// of which comes to this line and runs `body`), forwards signals, shows the first failure, leaves no process
     /// behind, and returns `None`.
     ///
+    /// When it returns, the job has been left: loggers are finalized, and of the ranks' connections no thread, no open file and no
+    /// memory is left in this process, once the models that were set up are dropped.
+    ///
     /// Ranks that were started by the supervisor have no standard input. A program may launch several times, one after the
     /// other: the ranks run all of it, the supervisor waits once.
     ///
@@ -275,7 +296,7 @@ impl Fabric {
         threads::run(count, threads::STACK_BYTES, |rank| {
             rank_zero::this_thread_is(rank);
             let fabric = fabrics[rank].clone();
-            *fabric.lock_world() = Some(meeting.join(rank, count)?);
+            *fabric.lock_world() = Some(meeting.join(rank, count, &fabric.inner.resolved)?);
             let result = threads::caught(rank, || body(&fabric)); // the others are told what a panic says
             fabric.leave(result.as_ref().err());
             result
@@ -308,29 +329,6 @@ impl Fabric {
                 callbacks: Mutex::new(callbacks),
                 warnings: Mutex::default(),
             }),
-        }
-    }
-
-    /// Run `body`; loggers hear of its panic, which goes on.
-    fn unless_it_panics<T>(&self, body: impl FnOnce(&Self) -> Result<T>) -> Result<T> {
-        struct Watch<'a>(&'a Fabric);
-        impl Drop for Watch<'_> {
-            fn drop(&mut self) {
-                if std::thread::panicking() {
-                    self.0.finalize_with(Status::Failed, true);
-                }
-            }
-        }
-        let _watch = Watch(self);
-        body(self)
-    }
-
-    /// Leave the job; with an own error, end it for everybody.
-    fn leave(&self, error: Option<&Error>) {
-        self.finalize_loggers(error);
-        *lock(&self.inner.models) = Arc::default(); // they hold the communicator
-        if let Some(world) = self.lock_world().take() {
-            world.leave(error);
         }
     }
 
@@ -373,6 +371,17 @@ impl Fabric {
         &self.inner.resolved.accelerator
     }
 
+    /// The device that this rank computes on; before launch, the first rank's of this machine.
+    pub fn device(&self) -> Device {
+        self.inner.resolved.device(self.local_rank())
+    }
+
+    /// What connects the ranks: "shm", "unix" or "tcp". `None` before launch, for one rank, and for a group of ranks.
+    pub fn wire(&self) -> Option<&'static str> {
+        let world = self.lock_world();
+        world.as_ref()?.wire.as_ref().map(|(name, _)| *name)
+    }
+
     /// The strategy's name.
     pub fn strategy(&self) -> &'static str {
         self.inner.resolved.strategy.name
@@ -411,9 +420,14 @@ impl Fabric {
         }
     }
 
-    /// Each choice with its reason, a line each.
+    /// Each choice with its reason, a line each; after launch, what connects the ranks too.
     pub fn explain(&self) -> String {
-        self.inner.resolved.reasons.join("\n")
+        let mut lines = self.inner.resolved.reasons.clone();
+        if let Some(World { wire, .. }) = &*self.lock_world() {
+            let line = |(name, why): &(&str, String)| format!("wire = {name}: {why}");
+            lines.extend(wire.as_ref().map(line));
+        }
+        lines.join("\n")
     }
 
     /// What this rank has sent so far: collectives, messages and bytes, as the communicator counted them.
@@ -464,7 +478,7 @@ impl Fabric {
         let world = self.lock_world();
         let world = world.as_ref().ok_or_else(|| {
             Error::argument(
-                "this needs the other ranks, but the job was not launched",
+                "this needs the other ranks, but this rank has left the job, or the job was not launched",
                 "Put the training code into fabric.launch(|fabric| ...)",
             )
         })?;

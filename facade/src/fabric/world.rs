@@ -6,7 +6,6 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
 };
 
 use fabric_engine::{
@@ -26,6 +25,7 @@ use crate::{
     error::{Error, Result},
     launch,
     logger::Status,
+    resolve::{Resolved, Wire, seconds},
 };
 
 /// Where this rank stands, and its communicator.
@@ -37,6 +37,8 @@ pub(super) struct World {
     /// Among all ranks of the job, where this is a group of some.
     pub(super) job_rank: usize,
     pub(super) comm: SharedComm,
+    /// What connects the ranks, and why, where there are several.
+    pub(super) wire: Option<(&'static str, String)>,
     control: Option<Control>,
 }
 
@@ -52,14 +54,25 @@ impl World {
             node_rank: 0,
             job_rank: 0,
             comm: SharedComm::new(Box::new(solo)),
+            wire: None,
             control: None,
         })
     }
 
-    fn of(member: Member, local_rank: usize, node_rank: usize) -> Result<Self> {
+    fn of(
+        member: Member,
+        resolved: &Resolved,
+        local_rank: usize,
+        node_rank: usize,
+    ) -> Result<Self> {
         let member = Arc::new(member);
-        let host = connect(&member)?;
+        let host = connect(&member, resolved)?;
         host.trace().start();
+        let why = match host.reason() {
+            "" => "asked for",
+            why => why,
+        };
+        let wire = Some((host.wire(), why.to_string()));
         Ok(Self {
             rank: member.rank(),
             size: member.world(),
@@ -67,6 +80,7 @@ impl World {
             node_rank,
             job_rank: member.rank(),
             comm: SharedComm::new(Box::new(host)),
+            wire,
             control: Some(member.control().clone()),
         })
     }
@@ -77,6 +91,7 @@ impl World {
             rank: comm.rank(),
             size: comm.size(),
             comm,
+            wire: None,
             control: None,
             ..*self
         }
@@ -98,36 +113,32 @@ pub(super) fn is_from_peer(error: &Error) -> bool {
         .is_some_and(fabric_engine::Error::is_from_peer)
 }
 
-/// The communicator, over the wire that FABRIC_WIRE names or the best one.
-fn connect(member: &Arc<Member>) -> Result<Host> {
+/// The communicator, over the wire that was asked for or the best one.
+fn connect(member: &Arc<Member>, resolved: &Resolved) -> Result<Host> {
     let mut options = HostOptions {
         tuning: fabric_engine::comm::host::tuning()?,
         ..HostOptions::default()
     };
-    if let Some(time) = seconds("FABRIC_TIMEOUT_S", "a collective may take")? {
+    if let Some(time) = resolved.timeout {
         options.deadline = time;
     }
     options.security = security()?;
-    let wire = std::env::var("FABRIC_WIRE").unwrap_or_else(|_| "auto".into());
-    match wire.as_str() {
-        "auto" => Ok(Host::best(member, options)?),
-        "tcp" => Ok(Host::tcp(member, options)?),
-        "shm" => Host::shm(member, options)?.ok_or_else(|| {
-            Error::argument(
-                "FABRIC_WIRE = 'shm', but these ranks cannot share memory",
-                "Use FABRIC_WIRE=auto, or start all ranks on one machine, as one user, in one container",
-            )
-        }),
-        "unix" => Host::unix(member, options)?.ok_or_else(|| {
-            Error::argument(
-                "FABRIC_WIRE = 'unix', but these ranks are not all on one machine",
-                "Use FABRIC_WIRE=auto, or start all ranks on one machine, as one user, in one container",
-            )
-        }),
-        _ => Err(Error::argument(
-            format!("FABRIC_WIRE = '{wire}' is not known"),
-            "Choose one of auto, shm, unix, tcp",
-        )),
+    let wire = resolved.wire;
+    let refused = |why: String| {
+        let what = match wire {
+            Wire::Shm => "cannot share memory",
+            _ => "do not reach one another's Unix sockets",
+        };
+        Error::argument(
+            format!("wire = {wire} was asked for, but these ranks {what}: {why}"),
+            "Use wire = auto (FABRIC_WIRE), or start all ranks on one machine, as one user, in one container",
+        )
+    };
+    match wire {
+        Wire::Auto => Ok(Host::best(member, options)?),
+        Wire::Tcp => Ok(Host::tcp(member, options)?),
+        Wire::Shm => Host::shm(member, options)?.map_err(refused),
+        Wire::Unix => Host::unix(member, options)?.map_err(refused),
     }
 }
 
@@ -145,25 +156,6 @@ fn security() -> Result<Option<Security>> {
     })
 }
 
-/// A time in seconds from the environment.
-fn seconds(name: &str, what: &str) -> Result<Option<Duration>> {
-    let Ok(text) = std::env::var(name) else {
-        return Ok(None);
-    };
-    let seconds = text
-        .parse()
-        .ok()
-        .filter(|seconds| *seconds > 0.0 && *seconds < 1e9);
-    seconds
-        .map(|seconds| Some(Duration::from_secs_f64(seconds)))
-        .ok_or_else(|| {
-            Error::argument(
-                format!("{name} = '{text}'"),
-                format!("Give how long {what}, in seconds, like 600"),
-            )
-        })
-}
-
 /// Join as the rank that the environment names, run `body`, and leave.
 pub(super) fn as_rank<T>(
     fabric: &Fabric,
@@ -173,7 +165,7 @@ pub(super) fn as_rank<T>(
     if let Some(pid) = environment::supervisor(&|name| std::env::var(name).ok())? {
         launch::die_with_supervisor(pid)?;
     }
-    let result = join(place).and_then(|world| {
+    let result = join(fabric, place).and_then(|world| {
         launch::on_terminate(world.comm.aborter())?;
         crate::rank_zero::this_process_is(world.rank);
         *fabric.lock_world() = Some(world);
@@ -196,20 +188,26 @@ pub(super) fn as_rank<T>(
     result
 }
 
-fn join(place: &Place) -> Result<World> {
+fn join(fabric: &Fabric, place: &Place) -> Result<World> {
     static LAUNCHES: AtomicU64 = AtomicU64::new(0);
     let mut options = Options {
         epoch: LAUNCHES.fetch_add(1, Ordering::Relaxed),
         ..Options::new(place.rank, place.world, place.address, place.secret.clone())
     };
-    if let Some(time) = seconds("FABRIC_SILENCE_S", "a rank may give no sign of life")? {
+    let get = |name: &str| std::env::var(name).ok();
+    if let Some(time) = seconds(&get, "FABRIC_SILENCE_S", "a rank may give no sign of life")? {
         options.silence = time;
     }
     let member = match launch::inherited_listener().filter(|_| place.rank == 0) {
         Some(listener) => Member::host(options, listener)?,
         None => Member::join(options)?,
     };
-    World::of(member, place.local_rank, place.node_rank)
+    World::of(
+        member,
+        &fabric.inner.resolved,
+        place.local_rank,
+        place.node_rank,
+    )
 }
 
 /// Where the ranks of [`Fabric::launch_threads`] meet.
@@ -229,7 +227,7 @@ impl Meeting {
         })
     }
 
-    pub(super) fn join(&self, rank: usize, count: usize) -> Result<World> {
+    pub(super) fn join(&self, rank: usize, count: usize, resolved: &Resolved) -> Result<World> {
         if count == 1 {
             return World::solo();
         }
@@ -243,6 +241,6 @@ impl Meeting {
             Some(listener) => Member::host(options, listener)?,
             None => Member::join(options)?,
         };
-        World::of(member, rank, 0)
+        World::of(member, resolved, rank, 0)
     }
 }

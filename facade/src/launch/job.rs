@@ -281,7 +281,7 @@ impl Job {
         if rank == 0 {
             variables.push((LISTENER, "stdin".into()));
         }
-        let threads = (told.cores / self.local).max(1);
+        let threads = threads_of(told.cores, self.local);
         for name in ["RAYON_NUM_THREADS", "OMP_NUM_THREADS"] {
             if !is_set(name) {
                 variables.push((name, number(threads)));
@@ -289,6 +289,33 @@ impl Job {
         }
         variables
     }
+}
+
+/// Threads for each of `processes` on this machine, so that all of them together have one a core that this process may use;
+/// at least 1. What a supervisor sets for its ranks (`RAYON_NUM_THREADS`, `OMP_NUM_THREADS`) where the user did not.
+///
+/// ```
+/// let cores = std::thread::available_parallelism()?.get();
+/// assert_eq!(fabric::launch::suggested_max_num_threads(1)?, cores);
+/// assert_eq!(fabric::launch::suggested_max_num_threads(10 * cores)?, 1);
+/// # Ok::<(), fabric::Error>(())
+/// ```
+///
+/// # Errors
+/// When there are 0 processes.
+pub fn suggested_max_num_threads(processes: usize) -> Result<usize> {
+    if processes == 0 {
+        return Err(Error::argument(
+            "threads for 0 processes",
+            "Give the number of processes on this machine, at least 1",
+        ));
+    }
+    let cores = std::thread::available_parallelism().map_or(1, usize::from); // by affinity and quota
+    Ok(threads_of(cores, processes))
+}
+
+fn threads_of(cores: usize, processes: usize) -> usize {
+    (cores / processes).max(1)
 }
 
 /// Where the ranks of a job meet.
@@ -374,6 +401,17 @@ mod tests {
         assert_eq!(threads(2, 9, ""), [four.clone(), four.clone()]);
         assert_eq!(threads(4, 2, ""), [Some("1".into()), Some("1".into())]);
         assert_eq!(threads(2, 8, "OMP_NUM_THREADS"), [four, None]);
+    }
+
+    // UTIL-33
+    #[test]
+    fn processes_share_the_cores_and_none_goes_without_a_thread() {
+        assert_eq!(
+            [1, 2, 3, 9].map(|processes| threads_of(8, processes)),
+            [8, 4, 2, 1]
+        );
+        assert!(suggested_max_num_threads(0).is_err());
+        assert!(suggested_max_num_threads(1).unwrap() >= 1);
     }
 
     #[test]

@@ -19,7 +19,7 @@ mod words;
 
 pub use child::{die_with_supervisor, inherited_listener, report_failure};
 pub use ending::RankFailed;
-pub use job::{DEFAULT_PORT, Job, Program};
+pub use job::{DEFAULT_PORT, Job, Program, suggested_max_num_threads};
 pub use output::Output;
 pub use supervise::supervise;
 pub use terminate::on_terminate;

@@ -3,18 +3,23 @@
 
 mod devices;
 mod overrides;
+mod wire;
+
+use std::time::Duration;
 
 use fabric_engine::shard::placement::{Row, SINGLE};
 
 pub use crate::precision::Precision;
 use crate::{
-    accelerator::{Found, Hardware},
+    accelerator::{Device, Found, Hardware},
     checkpoint::StateDictType,
     environment::{Detection, Place},
     error::{Error, Result},
     strategy::{self, Preset, Strategy},
 };
 pub use devices::Devices;
+pub(crate) use overrides::seconds;
+pub use wire::Wire;
 
 /// What was asked for, in the user's words.
 #[derive(Clone, Debug, Default)]
@@ -31,6 +36,10 @@ pub struct Request {
     pub precision: Option<String>,
     /// "full" or "sharded".
     pub state_dict_type: Option<String>,
+    /// "auto", "shm", "unix" or "tcp".
+    pub wire: Option<String>,
+    /// How long one collective may take.
+    pub timeout: Option<Duration>,
 }
 
 /// What will be done.
@@ -52,6 +61,12 @@ pub struct Resolved {
     pub precision: Precision,
     /// The form of checkpoints.
     pub state_dict_type: StateDictType,
+    /// What connects the ranks.
+    pub wire: Wire,
+    /// How long one collective may take, where that was asked for.
+    pub timeout: Option<Duration>,
+    /// Whether each rank has a device of its own: [`Found::is_numbered`].
+    pub is_numbered: bool,
     /// Each choice with its reason, a line each.
     pub reasons: Vec<String>,
 }
@@ -60,6 +75,15 @@ impl Resolved {
     /// Ranks on this machine.
     pub fn devices(&self) -> usize {
         self.device_indices.len()
+    }
+
+    /// The device of this machine's rank number `local_rank`.
+    pub fn device(&self, local_rank: usize) -> Device {
+        let index = self.device_indices.get(local_rank).copied();
+        Device {
+            accelerator: self.accelerator.clone(),
+            index: index.filter(|_| self.is_numbered),
+        }
     }
 }
 
@@ -98,6 +122,20 @@ pub fn resolve(
             StateDictType::parse(text)?
         }
     };
+    let wire = match request.wire.as_deref() {
+        None => Wire::Auto,
+        Some(text) => Wire::parse("wire", text)?,
+    };
+    if request.timeout.is_some_and(|timeout| timeout.is_zero()) {
+        return Err(Error::argument(
+            "timeout = 0 s",
+            "Give how long one collective may take, like Duration::from_secs(600)",
+        ));
+    }
+    reasons.extend(request.timeout.map(|timeout| {
+        let seconds = timeout.as_secs_f64();
+        format!("timeout = {seconds} s for one collective: asked for")
+    }));
     Ok(Resolved {
         accelerator: found.name.clone(),
         device_indices,
@@ -107,6 +145,9 @@ pub fn resolve(
         preset,
         precision,
         state_dict_type,
+        wire,
+        timeout: request.timeout,
+        is_numbered: found.is_numbered,
         reasons,
     })
 }

@@ -1,10 +1,10 @@
 //! Choices from the environment: `FABRIC_ACCELERATOR`, `FABRIC_STRATEGY`, `FABRIC_DEVICES`, `FABRIC_NUM_NODES` and
-//! `FABRIC_PRECISION`. `fabric run` sets them. They take the place of what a program leaves open; where it has chosen
+//! `FABRIC_PRECISION`, which `fabric run` sets, `FABRIC_WIRE` and `FABRIC_TIMEOUT_S`. They take the place of what a program leaves open; where it has chosen
 //! otherwise, nobody can know who is right, and that is an error which names both.
 
-use std::fmt::Display;
+use std::{fmt::Display, time::Duration};
 
-use super::{Devices, Request};
+use super::{Devices, Request, Wire};
 use crate::{
     environment::Lookup,
     error::{Error, Result},
@@ -62,8 +62,46 @@ impl Request {
             check("precision", "FABRIC_PRECISION", own, &asked, same)?;
             self.precision = Some(asked);
         }
+        if let Some(asked) = text("FABRIC_WIRE") {
+            let read = Wire::parse("FABRIC_WIRE", &asked)?;
+            let open = |own: &String| own.trim().eq_ignore_ascii_case("auto");
+            let own = self.wire.as_ref().filter(|own| !open(own));
+            let same = |own: &String| Wire::parse("wire", own).is_ok_and(|own| own == read);
+            check("wire", "FABRIC_WIRE", own, &asked, same)?;
+            self.wire = Some(asked);
+        }
+        if let Some(read) = seconds(get, "FABRIC_TIMEOUT_S", "a collective may take")? {
+            let shown = |time: Duration| format!("{} s", time.as_secs_f64());
+            let own = self.timeout.map(shown);
+            let same = |_: &String| self.timeout == Some(read);
+            check(
+                "timeout",
+                "FABRIC_TIMEOUT_S",
+                own.as_ref(),
+                &shown(read),
+                same,
+            )?;
+            self.timeout = Some(read);
+        }
         Ok(self)
     }
+}
+
+/// A time in seconds from the environment.
+pub(crate) fn seconds(get: Lookup<'_>, name: &str, what: &str) -> Result<Option<Duration>> {
+    let Some(text) = get(name) else {
+        return Ok(None);
+    };
+    let seconds = text.trim().parse().ok();
+    let seconds = seconds.filter(|seconds| *seconds > 0.0 && *seconds < 1e9);
+    seconds
+        .map(|seconds| Some(Duration::from_secs_f64(seconds)))
+        .ok_or_else(|| {
+            Error::argument(
+                format!("{name} = '{text}'"),
+                format!("Give how long {what}, in seconds, like 600"),
+            )
+        })
 }
 
 /// Refuse when the program has chosen, and not the same.
@@ -79,10 +117,15 @@ fn check<T: Display>(
             format!(
                 "the program asks for {what} = {own}, and the environment for {variable} = {asked}"
             ),
-            format!(
-                "Leave {what} out of the program to choose it outside, or unset {variable} (`fabric run` sets it from --{})",
-                what.replace('_', "-")
-            ),
+            match what {
+                "wire" | "timeout" => format!(
+                    "Leave {what} out of the program to choose it outside, or unset {variable}"
+                ),
+                _ => format!(
+                    "Leave {what} out of the program to choose it outside, or unset {variable} (`fabric run` sets it from --{})",
+                    what.replace('_', "-")
+                ),
+            },
         )),
         _ => Ok(()),
     }
@@ -99,12 +142,14 @@ mod tests {
         })
     }
 
-    const ALL: [(&str, &str); 5] = [
+    const ALL: [(&str, &str); 7] = [
         ("FABRIC_ACCELERATOR", "CPU"),
         ("FABRIC_STRATEGY", "Zero2"),
         ("FABRIC_DEVICES", "3"),
         ("FABRIC_NUM_NODES", "2"),
         ("FABRIC_PRECISION", "bf16"),
+        ("FABRIC_WIRE", "Unix"),
+        ("FABRIC_TIMEOUT_S", "90"),
     ];
 
     // Line 4 and API-09: what the program leaves open comes from the environment.
@@ -118,9 +163,12 @@ mod tests {
             (Devices::Count(3), Some(2))
         );
         assert_eq!(request.precision.as_deref(), Some("bf16"));
+        assert_eq!(request.wire.as_deref(), Some("Unix"));
+        assert_eq!(request.timeout, Some(Duration::from_secs(90)));
         let auto = Request {
             accelerator: Some("auto".into()),
             strategy: Some("AUTO".into()),
+            wire: Some("auto".into()),
             ..Request::default()
         };
         assert_eq!(with(auto, &ALL).unwrap().strategy.unwrap().name(), "Zero2");
@@ -135,6 +183,8 @@ mod tests {
             num_nodes: Some(2),
             precision: Some("bf16-mixed".into()),
             state_dict_type: None,
+            wire: Some("unix".into()),
+            timeout: Some(Duration::from_secs(90)),
         };
         with(request, &ALL).unwrap();
     }
@@ -162,7 +212,18 @@ mod tests {
             precision: Some("32-true".into()),
             ..Request::default()
         };
+        // STR-02: the wire is what a backend is there.
+        let wire = Request {
+            wire: Some("tcp".into()),
+            ..Request::default()
+        };
+        let timeout = Request {
+            timeout: Some(Duration::from_millis(1500)),
+            ..Request::default()
+        };
         for (request, own, variable) in [
+            (wire, "wire = tcp", "FABRIC_WIRE = Unix"),
+            (timeout, "timeout = 1.5 s", "FABRIC_TIMEOUT_S = 90 s"),
             (
                 accelerator,
                 "accelerator = cuda",
@@ -184,6 +245,9 @@ mod tests {
             ("FABRIC_DEVICES", "many"),
             ("FABRIC_NUM_NODES", "two"),
             ("FABRIC_PRECISION", "7"),
+            ("FABRIC_WIRE", "pigeon"),
+            ("FABRIC_TIMEOUT_S", "soon"),
+            ("FABRIC_TIMEOUT_S", "0"),
         ] {
             let text = with(Request::default(), &[(name, value)]).unwrap_err();
             assert!(text.to_string().contains(value), "{text}");

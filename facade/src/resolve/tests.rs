@@ -270,3 +270,43 @@ fn an_old_spelling_of_a_precision_is_remarked_on() {
         "precision = 16-mixed: asked for as \"16\", which is better written out"
     );
 }
+
+// API-14
+#[test]
+fn each_local_rank_has_the_device_that_was_asked_for() {
+    let cards = resolve(&request("cuda", "ddp", "0,2"), None, &machine(4, true)).unwrap();
+    let shown = [0, 1].map(|local_rank| cards.device(local_rank).to_string());
+    assert_eq!(shown, ["cuda:0", "cuda:2"]);
+    let cpu = resolve(&request("cpu", "ddp", 2), None, &machine(4, true)).unwrap();
+    assert_eq!(
+        [0, 1].map(|rank| cpu.device(rank).to_string()),
+        ["cpu", "cpu"]
+    );
+}
+
+// STR-02: what connects ranks, and for how long they wait for one another.
+#[test]
+fn wires_and_times_that_cannot_be_are_refused() {
+    let of = |wire: Option<&str>, timeout: Option<Duration>| {
+        let request = Request {
+            wire: wire.map(Into::into),
+            timeout,
+            ..request("cpu", "ddp", 2)
+        };
+        resolve(&request, None, &machine(0, true)).map_err(|error| error.to_string())
+    };
+    assert_eq!(of(None, None).unwrap().wire, Wire::Auto);
+    assert_eq!(of(Some(" SHM "), None).unwrap().wire, Wire::Shm);
+    assert!(
+        of(Some("pigeon"), None)
+            .unwrap_err()
+            .contains("wire = 'pigeon'")
+    );
+    assert!(
+        of(None, Some(Duration::ZERO))
+            .unwrap_err()
+            .contains("timeout = 0 s")
+    );
+    let reasons = of(None, Some(Duration::from_secs(90))).unwrap().reasons;
+    assert!(reasons.contains(&"timeout = 90 s for one collective: asked for".to_string()));
+}

@@ -369,6 +369,22 @@ pub(crate) enum Isa {
     Avx512,
 }
 
+/// The instruction set for which this processor's kernels are compiled: "avx512", "avx2", or "portable" for what every processor
+/// of this kind has.
+///
+/// ```
+/// assert!(["avx512", "avx2", "portable"].contains(&fabric_kernels::instruction_set()));
+/// ```
+pub fn instruction_set() -> &'static str {
+    match Isa::best() {
+        Isa::Portable => "portable",
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => "avx2",
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => "avx512",
+    }
+}
+
 impl Isa {
     /// The richest that this processor has, found once.
     #[inline]

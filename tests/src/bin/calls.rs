@@ -99,9 +99,7 @@ fn round(
 fn run(member: &Arc<Member>, wire: &str, meet: &Barrier) -> Result<Option<(u64, String)>> {
     let mut host = match wire {
         "tcp" => Host::tcp(member, Options::default())?,
-        _ => {
-            Host::shm(member, Options::default())?.ok_or_else(|| Error::new("no shared memory"))?
-        }
+        _ => Host::shm(member, Options::default())?.map_err(Error::new)?,
     };
     let mut cases = cases(&host)?;
     let mut works = Vec::with_capacity(cases.len());

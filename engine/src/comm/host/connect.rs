@@ -16,6 +16,8 @@ use crate::{
     },
 };
 
+const SHARED: &str = "all ranks share memory";
+
 /// What a communicator needs to make subgroups.
 pub(super) struct Family {
     member: Arc<Member>,
@@ -43,31 +45,38 @@ impl Host {
         Self::tcp_group(member, everybody(member), "world".into(), options)
     }
 
-    /// Connect all ranks of the job over Unix sockets; `None`, on all ranks alike, when that cannot be done because they are
-    /// on different machines, in different containers or different users', or the system refuses.
+    /// Connect all ranks of the job over Unix sockets; the reason, on all ranks alike, when that cannot be done because they
+    /// are on different machines, in different containers or different users', or the system refuses.
     ///
     /// # Errors
     /// When a rank cannot be reached, or the ranks' options differ.
-    pub fn unix(member: &Arc<Member>, mut options: Options) -> Result<Option<Self>> {
+    pub fn unix(
+        member: &Arc<Member>,
+        mut options: Options,
+    ) -> Result<std::result::Result<Self, String>> {
         agree(member, &mut options)?;
         let name = "world".to_string();
         let met = member.connect_unix(&name, &everybody(member))?;
-        let Ok(peers) = met.outcome else {
-            return Ok(None);
+        let peers = match met.outcome {
+            Ok(peers) => peers,
+            Err(why) => return Ok(Err(why)),
         };
         let (kind, reach) = (WireKind::Unix, Reach::Unix);
-        Self::streams(member, everybody(member), name, options, peers, kind, reach).map(Some)
+        Self::streams(member, everybody(member), name, options, peers, kind, reach).map(Ok)
     }
 
-    /// Connect all ranks of the job through memory that all of them map; `None`, on all ranks alike, when that cannot
+    /// Connect all ranks of the job through memory that all of them map; the reason, on all ranks alike, when that cannot
     /// be done because they are on different machines, or in different containers, or the system refuses.
     ///
     /// # Errors
     /// When a rank cannot be reached, or the ranks' options differ.
-    pub fn shm(member: &Arc<Member>, mut options: Options) -> Result<Option<Self>> {
+    pub fn shm(
+        member: &Arc<Member>,
+        mut options: Options,
+    ) -> Result<std::result::Result<Self, String>> {
         agree(member, &mut options)?;
         let (made, _) = Self::shm_group(member, everybody(member), "world".into(), options)?;
-        Ok(made.ok())
+        Ok(made)
     }
 
     /// Connect all ranks of the job by the fastest wire that reaches all of them: shared memory, or else Unix sockets,
@@ -93,7 +102,10 @@ impl Host {
         let without = |found: bool| if found { Vec::new() } else { group.clone() };
         if everywhere {
             tracing::info!(rank, group = name, wire = "shm", "all ranks share memory");
-            return made.map_err(|why| Error::rendezvous(rank, why, "This is a mistake in Fabric"));
+            let mut host =
+                made.map_err(|why| Error::rendezvous(rank, why, "This is a mistake in Fabric"))?;
+            host.reason = SHARED.into();
+            return Ok(host);
         }
         let wants = without(made.is_ok());
         let met = member.connect_unix(&name, &wants)?;
@@ -104,16 +116,19 @@ impl Host {
             member.connect(&name, &wants)?
         };
         let (made, shm) = match made {
-            Ok(host) => {
+            Ok(mut host) => {
                 tracing::info!(rank, group = name, wire = "shm", "all ranks share memory");
+                host.reason = SHARED.into();
                 return Ok(host);
             }
             Err(why) => (met.outcome, why),
         };
-        let (peers, kind) = match made {
+        let (peers, kind, reason) = match made {
             Ok(peers) => {
                 tracing::info!(rank, group = name, wire = "unix", shm, "no shared memory");
-                (peers, WireKind::Unix)
+                let reason =
+                    format!("one machine holds all ranks, but there is no shared memory ({shm})");
+                (peers, WireKind::Unix, reason)
             }
             Err(unix) => {
                 tracing::info!(
@@ -124,10 +139,13 @@ impl Host {
                     unix,
                     "one machine does not hold all ranks"
                 );
-                (peers, WireKind::Tcp)
+                let reason = format!("no shared memory ({shm}) and no Unix sockets ({unix})");
+                (peers, WireKind::Tcp, reason)
             }
         };
-        Self::streams(member, group, name, options, peers, kind, Reach::Best)
+        let mut host = Self::streams(member, group, name, options, peers, kind, Reach::Best)?;
+        host.reason = reason;
+        Ok(host)
     }
 
     /// The communicator, or why there is none, which all ranks of the group agree on; and whether all groups of the

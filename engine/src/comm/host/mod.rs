@@ -92,6 +92,7 @@ pub struct Host {
     desk: Desk,
     sequence: u64,
     family: Option<Family>,
+    reason: String,
 }
 
 /// What runs schedules.
@@ -256,12 +257,18 @@ impl Host {
             desk: Desk::new(),
             sequence: 0,
             family: None,
+            reason: String::new(),
         })
     }
 
     /// By which wire: "shm", "tcp", "sim", ...
     pub fn wire(&self) -> &'static str {
         self.shared.kind.name()
+    }
+
+    /// Why this wire, where [`Host::best`] has chosen it; otherwise nothing.
+    pub fn reason(&self) -> &str {
+        &self.reason
     }
 }
 

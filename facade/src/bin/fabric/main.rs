@@ -1,5 +1,9 @@
-//! The command line: `fabric run` starts a program on several ranks, `fabric plan` says what a job would need.
+//! The command line: `fabric run` starts a program on several ranks, `fabric plan` says what a job would need, `fabric
+//! consolidate` and `fabric inspect` are about checkpoints, `fabric env` and `fabric doctor` about this machine.
 
+mod consolidate;
+mod doctor;
+mod env;
 mod plan;
 mod program;
 mod run;
@@ -25,6 +29,10 @@ struct Args {
 enum Command {
     Run(run::RunArgs),
     Plan(plan::PlanArgs),
+    Consolidate(consolidate::ConsolidateArgs),
+    Inspect(consolidate::InspectArgs),
+    Env(env::EnvArgs),
+    Doctor(doctor::DoctorArgs),
     /// Print a shell's completions: fabric completions bash > ~/.local/share/bash-completion/completions/fabric
     Completions {
         /// The shell
@@ -32,12 +40,25 @@ enum Command {
     },
     #[command(hide = true)]
     ExecRank(program::ExecArgs),
+    #[command(hide = true)]
+    DoctorRank(doctor::RankArgs),
 }
 
 fn main() -> ExitCode {
     let result = match Args::parse().command {
         Command::Run(args) => run::run(args),
         Command::Plan(args) => plan::plan(&args).and_then(|text| print(text.as_bytes())),
+        Command::Consolidate(args) => {
+            consolidate::consolidate(&args).and_then(|text| print(text.as_bytes()))
+        }
+        Command::Doctor(args) => doctor::doctor(&args),
+        Command::DoctorRank(args) => match doctor::rank(&args) {
+            Ok(()) => Ok(()),
+            Err(_) => return ExitCode::FAILURE, // its supervisor knows why, and says so
+        },
+        Command::Env(args) => env::env(&args).and_then(|text| print(text.as_bytes())),
+        Command::Inspect(args) => consolidate::inspect(&args)
+            .and_then(|(text, verdict)| print(text.as_bytes()).and(verdict)),
         Command::Completions { shell } => {
             let mut text = Vec::new();
             clap_complete::generate(shell, &mut Args::command(), "fabric", &mut text);
