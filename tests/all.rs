@@ -27,6 +27,7 @@ mod sim;
 mod steady;
 mod steps;
 mod strangers;
+mod table;
 mod telling;
 mod tidy;
 mod trainer;

@@ -392,7 +392,7 @@ fn a_save_that_fails_is_an_error_on_all_ranks_and_leaves_the_old_file() {
 }
 
 #[test]
-fn a_save_that_is_refused_in_the_middle_leaves_the_old_file_and_no_other() {
+fn line_48_a_save_that_is_refused_in_the_middle_leaves_the_old_file_and_no_other() {
     let (folder, path) = place();
     saved(&path);
     let old = fs::read(&path).unwrap();

@@ -259,7 +259,7 @@ fn rank_zeros_failure_keeps_the_others_from_running() {
 }
 
 #[test]
-fn rank_zero_alone_logs_and_every_row_is_there() {
+fn line_55_rank_zero_alone_logs_and_every_row_is_there() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("metrics.csv");
     let fabric = Fabric::builder().devices(3).logger(CsvLogger::at(&path));
@@ -342,7 +342,7 @@ fn a_callbacks_error_ends_the_step_but_not_before_the_update() {
 }
 
 #[test]
-fn everything_that_needs_the_job_is_refused_before_launch() {
+fn line_13_everything_that_needs_the_job_is_refused_before_launch() {
     let fabric = ddp(2);
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("early.safetensors");
@@ -382,7 +382,7 @@ fn everything_that_needs_the_job_is_refused_before_launch() {
 }
 
 #[test]
-fn a_launch_inside_a_launch_runs_in_place_and_a_second_starts_afresh() {
+fn line_12_a_launch_inside_a_launch_runs_in_place_and_a_second_starts_afresh() {
     let fabric = ddp(1);
     for _ in 0..2 {
         let outcome = fabric.launch(|fabric| {

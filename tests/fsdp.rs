@@ -208,7 +208,7 @@ pub(crate) fn small_buckets() -> Options {
 }
 
 #[test]
-fn every_row_ends_with_the_bits_of_one_device() {
+fn line_37_every_row_ends_with_the_bits_of_one_device() {
     for world in [1, 2, 3, 4, 8] {
         for clip in [None, Some(Clip::norm(0.5))] {
             let expected = oracle(world, 1, Moment::Each, clip);
@@ -266,7 +266,7 @@ fn accumulated_micro_batches_end_with_the_bits_of_one_device_that_adds_them_at_t
 }
 
 #[test]
-fn every_way_of_sharding_parameters_gives_the_same_bits() {
+fn line_40_every_way_of_sharding_parameters_gives_the_same_bits() {
     let world = 4;
     let expected = oracle(world, 1, Moment::Each, None);
     for reshard_after_forward in [

@@ -107,7 +107,7 @@ fn two_ranks_train_under_the_command_line_as_under_their_own_launch() {
 
 // CLI-01, BUG-01, line 15
 #[test]
-fn options_become_variables_and_what_follows_the_program_is_the_programs() {
+fn line_15_options_become_variables_and_what_follows_the_program_is_the_programs() {
     let names = "ACCELERATOR STRATEGY DEVICES NUM_NODES PRECISION CLI WORLD_SIZE";
     let text = names
         .split(' ')

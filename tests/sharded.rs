@@ -334,7 +334,7 @@ fn goes_on<T: Real>(build: impl Fn() -> Builder, what: &str) {
 }
 
 #[test]
-fn training_goes_on_to_the_bits_of_a_run_that_never_stopped() {
+fn line_45_training_goes_on_to_the_bits_of_a_run_that_never_stopped() {
     for (row, world) in ROWS {
         for form in ["sharded", "full"] {
             let what = format!("{row} on {world} ranks, {form}");

@@ -281,7 +281,7 @@ fn backward_without_a_model_is_refused() {
 }
 
 #[test]
-fn ranks_with_different_models_say_where_they_differ() {
+fn line_16_ranks_with_different_models_say_where_they_differ() {
     let base = || Puppet::new().param("a", &[0f32; 6]);
     type Change = fn(Puppet) -> Puppet;
     let cases: [(Change, [&str; 2]); 5] = [

@@ -6,7 +6,9 @@ use std::{collections::HashSet, fs, path::PathBuf};
 fn items() -> Vec<String> {
     let group = |name: &str, numbers: &[std::ops::RangeInclusive<u32>]| -> Vec<String> {
         let numbers = numbers.iter().cloned().flatten();
-        numbers.map(|number| format!("{name}-{number:02}")).collect()
+        numbers
+            .map(|number| format!("{name}-{number:02}"))
+            .collect()
     };
     [
         group("API", &[1..=46]),
@@ -56,7 +58,9 @@ fn rows() -> Vec<Row> {
         Some(Row {
             item,
             here: cells[2].trim().into(),
-            tests: tests.map(|(file, test)| (file.into(), test.into())).collect(),
+            tests: tests
+                .map(|(file, test)| (file.into(), test.into()))
+                .collect(),
         })
     };
     text.lines().filter_map(row).collect()
@@ -66,7 +70,10 @@ fn rows() -> Vec<Row> {
 fn every_item_of_fabrics_has_one_row_that_says_where_it_is() {
     let rows = rows();
     let mut listed: Vec<_> = rows.iter().map(|row| row.item.clone()).collect();
-    let missing: Vec<_> = items().into_iter().filter(|item| !listed.contains(item)).collect();
+    let missing: Vec<_> = items()
+        .into_iter()
+        .filter(|item| !listed.contains(item))
+        .collect();
     assert!(missing.is_empty(), "no row for {missing:?}");
     let count = listed.len();
     listed.sort();
@@ -75,12 +82,22 @@ fn every_item_of_fabrics_has_one_row_that_says_where_it_is() {
     for Row { item, here, tests } in rows {
         let verdict = here.split_once(':');
         let (verdict, account) = verdict.unwrap_or_else(|| panic!("{item}: {here}"));
-        assert!(["same", "same idea", "better", "not here"].contains(&verdict), "{item}: {here}");
+        assert!(
+            ["same", "same idea", "better", "not here"].contains(&verdict),
+            "{item}: {here}"
+        );
         assert!(account.trim().len() > 10, "{item} says too little: {here}");
         let vague = ["later", "todo", "tbd", "coming soon"];
         let lower = here.to_lowercase();
-        assert!(!vague.iter().any(|word| lower.ends_with(word)), "{item}: {here}");
-        assert!(tests.len() <= 4, "{item} names {} tests: the best will do", tests.len());
+        assert!(
+            !vague.iter().any(|word| lower.ends_with(word)),
+            "{item}: {here}"
+        );
+        assert!(
+            tests.len() <= 4,
+            "{item} names {} tests: the best will do",
+            tests.len()
+        );
     }
 }
 

@@ -143,7 +143,7 @@ fn a_metric_that_one_rank_lacks_is_an_error_there_and_no_hang() {
 
 // UTIL-20, line 59: the spiking rank, the value, and whether only finite losses are good
 #[test]
-fn spikes_on_any_rank_end_training_on_all_in_all_24_combinations() {
+fn line_59_spikes_on_any_rank_end_training_on_all_in_all_24_combinations() {
     let mut combinations = 0;
     for (unlucky, world) in [(0, 1), (0, 2), (1, 2)] {
         for value in [3.0, f64::INFINITY, f64::NEG_INFINITY, f64::NAN] {

@@ -142,7 +142,7 @@ mod tests {
 
     // UTIL-30, line 60
     #[test]
-    fn the_environments_variables_have_an_order() {
+    fn line_60_the_environments_variables_have_an_order() {
         let names = [
             "JSM_NAMESPACE_RANK",
             "SLURM_PROCID",

@@ -98,7 +98,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_given_seed_wins_then_the_variable_then_zero() {
+    fn line_57_a_given_seed_wins_then_the_variable_then_zero() {
         let set = |_: &str| Some("17".to_string());
         assert_eq!(choose(Some(5), &set).unwrap(), 5);
         assert_eq!(choose(None, &set).unwrap(), 17);

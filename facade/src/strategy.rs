@@ -302,7 +302,7 @@ mod tests {
 
     // Section 2.3 of the inventory: every name that Lightning registers either runs or says why not.
     #[test]
-    fn all_of_lightnings_names_are_known() {
+    fn line_42_all_of_lightnings_names_are_known() {
         let runs = [
             ("ddp", "ddp"),
             ("ddp_spawn", "ddp"),
@@ -350,7 +350,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_is_registered_once_replaced_and_removed() {
+    fn line_3_a_name_is_registered_once_replaced_and_removed() {
         register(Preset::new("mine", FSDP)).unwrap();
         let taken = register(Preset::new("MINE", DDP)).unwrap_err().to_string();
         assert!(taken.contains("already"), "{taken}");

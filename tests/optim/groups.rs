@@ -75,7 +75,7 @@ fn groups_see_whole_parameters_also_where_ranks_update_pieces() {
 }
 
 #[test]
-fn the_learning_rate_of_a_group_keeps_its_proportion() {
+fn line_23_the_learning_rate_of_a_group_keeps_its_proportion() {
     let mut optimizer = Sgd::new(0.1)
         .group("fast", |_| true, |own| own.lr(0.4))
         .group("same", |_| true, |own| own.momentum(0.5))

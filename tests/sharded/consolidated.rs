@@ -50,7 +50,7 @@ fn becomes_the_file<T: Real>(precision: &str) {
 
 // Line 46, IO-08, GAP-13, BUG-19, BUG-22
 #[test]
-fn a_consolidated_folder_is_the_file_that_a_full_save_writes() {
+fn line_46_a_consolidated_folder_is_the_file_that_a_full_save_writes() {
     becomes_the_file::<f32>("32-true");
     becomes_the_file::<bf16>("bf16-mixed");
 }

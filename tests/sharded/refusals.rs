@@ -66,7 +66,7 @@ fn spoilt(spoil: impl FnOnce(&Path), says: &[&str]) {
 const WEIGHT: &str = "model.block.0.weight";
 
 #[test]
-fn a_folder_without_its_files_is_refused() {
+fn line_52_a_folder_without_its_files_is_refused() {
     spoilt(
         |path| fs::remove_file(path.join("manifest.json")).unwrap(),
         &["is no checkpoint of this library", "manifest.json"],

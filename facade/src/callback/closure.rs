@@ -175,7 +175,7 @@ mod tests {
 
     // API-46, line 56
     #[test]
-    fn callbacks_run_in_the_order_of_registration() {
+    fn line_56_callbacks_run_in_the_order_of_registration() {
         let names = ["first", "second", "third"];
         let callback = |name: &'static str| -> Box<dyn Callback> {
             Box::new(on("end", move |_, seen: &mut Vec<&str>| {

@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_cut_off_names_the_first_tensor_that_is_not_whole() {
+    fn line_50_a_file_that_is_cut_off_names_the_first_tensor_that_is_not_whole() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let items = [item("a", Dtype::U8, 3), item("b", Dtype::U8, 3)];
         let mut writer = Writer::new(file.reopen().unwrap(), items.iter(), None).unwrap();

@@ -112,7 +112,7 @@ mod tests {
 
     // ENV-02, line 7
     #[test]
-    fn every_form_of_a_host_list() {
+    fn line_7_every_form_of_a_host_list() {
         for (list, expected) in [
             ("alpha", "alpha"),
             ("1.1.1.1", "1.1.1.1"),

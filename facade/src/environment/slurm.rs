@@ -256,7 +256,7 @@ mod tests {
 
     // ENV-02, line 5
     #[test]
-    fn a_task_of_a_step_finds_its_place() {
+    fn line_5_a_task_of_a_step_finds_its_place() {
         let place = place(&Slurm, STEP, &[]).unwrap();
         assert_eq!((place.rank, place.world), (3, 4));
         assert_eq!((place.local_rank, place.local_world), (1, 2));

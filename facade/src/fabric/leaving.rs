@@ -110,7 +110,7 @@ mod tests {
 
     // STR-02: the time-out itself.
     #[test]
-    fn a_rank_that_does_not_come_is_named_after_the_time_that_was_asked_for() {
+    fn line_14_a_rank_that_does_not_come_is_named_after_the_time_that_was_asked_for() {
         let fabric = Fabric::builder()
             .devices(2)
             .timeout(Duration::from_millis(50));

@@ -121,7 +121,7 @@ mod tests {
 
     // UTIL-31, line 35
     #[test]
-    fn ranks_that_name_one_folder_share_it_and_nothing_is_left_in_it() {
+    fn line_35_ranks_that_name_one_folder_share_it_and_nothing_is_left_in_it() {
         let room = tempfile::tempdir().unwrap();
         let file = room.path().join("data.bin");
         std::fs::write(&file, b"data").unwrap();

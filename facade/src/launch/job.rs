@@ -368,7 +368,7 @@ mod tests {
 
     // LAU-01, line 9
     #[test]
-    fn a_rank_finds_its_place_in_what_the_supervisor_sets() {
+    fn line_9_a_rank_finds_its_place_in_what_the_supervisor_sets() {
         for (job, node_rank) in [(Job::new(3), 0), (several(0), 0), (several(1), 1)] {
             for local_rank in 0..3 {
                 let path = Path::new("words");
@@ -415,7 +415,7 @@ mod tests {
     }
 
     #[test]
-    fn the_listener_is_there_before_its_address_is_told() {
+    fn line_6_the_listener_is_there_before_its_address_is_told() {
         let meeting = Job::new(2).meet().unwrap();
         let bound = meeting.listener.unwrap().local_addr().unwrap();
         assert_eq!(meeting.address, bound);

@@ -359,7 +359,7 @@ mod tests {
 
     // LAU-02, line 10
     #[test]
-    fn a_failure_ends_the_others_at_once() {
+    fn line_10_a_failure_ends_the_others_at_once() {
         let (text, time) = failure(&["exec sleep 60", "exit 3", "exec sleep 60"]);
         assert!(text.contains("rank 1 ended with exit code 3"), "{text}");
         assert!(time < GRACE, "{time:?}");

@@ -123,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn ranks_run_at_the_same_time_and_return_by_rank() {
+    fn line_11_ranks_run_at_the_same_time_and_return_by_rank() {
         let meet = Barrier::new(4);
         let run = run(4, STACK_BYTES, |rank| {
             meet.wait();

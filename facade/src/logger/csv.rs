@@ -291,7 +291,7 @@ mod tests {
 
     // LOG-02, BUG-07, BUG-08, line 53
     #[test]
-    fn every_row_is_in_the_file_when_the_call_returns() {
+    fn line_53_every_row_is_in_the_file_when_the_call_returns() {
         let folder = tempfile::tempdir().unwrap();
         let mut logger = CsvLogger::at(folder.path().join("deep/metrics.csv"));
         for step in 0..205 {

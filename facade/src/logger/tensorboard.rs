@@ -300,7 +300,7 @@ mod tests {
 
     // LOG-03, line 54
     #[test]
-    fn scalars_are_read_again_with_every_checksum() {
+    fn line_54_scalars_are_read_again_with_every_checksum() {
         let root = tempfile::tempdir().unwrap();
         let mut logger = TensorBoardLogger::new(root.path(), "run")
             .prefix("a")

@@ -204,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn policies_are_those_of_the_table() {
+    fn line_39_policies_are_those_of_the_table() {
         let text = |precision: Precision| {
             let Policy {
                 param,

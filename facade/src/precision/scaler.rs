@@ -206,7 +206,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_scale_is_torchs() {
+    fn line_38_the_scale_is_torchs() {
         let mut scaler = LossScaler::default();
         assert_eq!(scaler.scale(), 65536.0);
         for _ in 0..1999 {

@@ -270,7 +270,7 @@ mod tests {
 
     // UTIL-10, line 58
     #[test]
-    fn rates_come_when_the_window_is_full_and_move_with_it() {
+    fn line_58_rates_come_when_the_window_is_full_and_move_with_it() {
         let mut throughput = Throughput::new().window(3).unwrap().separator("|");
         for (time, batches, samples) in [(1.0, 1, 2), (3.0, 2, 4)] {
             throughput.update(totals(time, batches, samples)).unwrap();

@@ -256,7 +256,7 @@ fn a_model_that_was_not_set_up_behaves_as_in_candle() {
 }
 
 #[test]
-fn candles_own_backward_on_a_model_that_was_set_up_says_what_to_call() {
+fn line_22_candles_own_backward_on_a_model_that_was_set_up_says_what_to_call() {
     let result = ranks(1).unwrap().launch_threads(|fabric| {
         let model = build_with(3, DType::F32, Mlp::new)?;
         let (model, _optimizer) = fabric.setup(model, Sgd::new(0.1))?;

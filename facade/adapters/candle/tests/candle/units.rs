@@ -216,7 +216,7 @@ fn deferred_with<M>(
 }
 
 #[test]
-fn deferred_values_are_those_that_build_gives() {
+fn line_25_deferred_values_are_those_that_build_gives() {
     let every = |vb: VarBuilder<'static>| {
         let uniform = Init::Uniform { lo: -1.0, up: 2.0 };
         let normal = candle_nn::init::DEFAULT_KAIMING_UNIFORM;

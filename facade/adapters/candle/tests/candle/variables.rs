@@ -192,7 +192,7 @@ fn train(
 }
 
 #[test]
-fn a_checkpoint_gives_back_the_same_bits_and_opens_with_candle() {
+fn line_19_a_checkpoint_gives_back_the_same_bits_and_opens_with_candle() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("last.safetensors");
     let run = |load: bool| {
