@@ -9,7 +9,7 @@ use std::{
 use candle_core::{Device, Result as CandleResult, Tensor};
 use candle_nn::{Linear, Module, VarBuilder};
 use fabric::{
-    Clip, Error, Fabric, FabricModule, Result, State,
+    Clip, Error, Fabric, FabricModule, ReduceOp, Result, State,
     callback::{Mode, ModelCheckpoint, ProgressBar},
     data::{DataLoader, Dataset},
     model::Backward,
@@ -118,11 +118,12 @@ fn train(fabric: &Fabric, args: &Args) -> Result<()> {
 
     let (progress, metrics) = (trained.state.progress, &trained.state.metrics);
     let number = |name| metrics.get(name).unwrap_or(f64::NAN);
+    let train_loss = fabric.all_reduce_value(number("loss"), ReduceOp::Avg)?;
     tell(fabric, format!("{reloaded:.4} of {count} digits are read"));
     let results = json!({
         "epochs": progress.epoch,
         "steps": progress.steps,
-        "train_loss": number("loss"),
+        "train_loss": train_loss,
         "test_loss": number("val_loss"),
         "test_accuracy": number("val_accuracy"),
         "test_samples": count,
