@@ -43,9 +43,12 @@ impl Fabric {
         }
         match self.tell_failures(place, None)? {
             None => body(),
-            Some((rank, failure)) => {
-                Err(Error::new(format!("rank {rank} failed first: {failure}")))
+            // Not this rank's own failure: what is told to the world is that rank's.
+            Some((rank, failure)) => Err(fabric_engine::Error::Aborted {
+                rank: self.global_rank(),
+                reason: format!("rank {rank} failed first: {failure}"),
             }
+            .into()),
         }
     }
 
