@@ -209,7 +209,10 @@ fn each_number(value: &mut Value, see: &mut dyn FnMut(Number<'_>)) -> Result<()>
             }
         }
         Value::Map(entries) => {
-            for (_, value) in entries {
+            // By key: a HashMap has an order of its own on every rank, and numbers are folded by their place.
+            let mut sorted: Vec<_> = entries.iter_mut().collect();
+            sorted.sort_by_cached_key(|(key, _)| key.to_string());
+            for (_, value) in sorted {
                 each_number(value, see)?;
             }
         }
@@ -236,4 +239,29 @@ fn unpack<T: DeserializeOwned>(bytes: &[u8]) -> Result<T> {
             "Broadcast and gather the same type on all ranks",
         )
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use super::*;
+
+    // Every HashMap has an order of its own, on every rank.
+    #[test]
+    fn a_map_is_folded_key_by_key_whatever_its_order() {
+        let fabric = Fabric::builder().devices(3).build().unwrap();
+        let folded = fabric.launch_threads(|fabric| {
+            let rank = fabric.global_rank() as f64;
+            let number = |key: u32| (format!("metric_{key}"), f64::from(key) * 100.0 + rank);
+            let mine: HashMap<_, _> = (0..26).map(number).collect();
+            fabric.all_reduce_value(mine, ReduceOp::Sum)
+        });
+        for folded in folded.unwrap() {
+            for key in 0..26 {
+                let expected = 300.0 * f64::from(key) + 3.0;
+                assert_eq!(folded[&format!("metric_{key}")], expected, "metric_{key}");
+            }
+        }
+    }
 }
