@@ -360,7 +360,7 @@ impl Callback for Ema {
 mod tests {
     use super::*;
     use crate::{
-        callback::{Hook, LoopState},
+        callback::{Hook, LoopState, ModelCheckpoint},
         optim::Sgd,
         vec::VecModel,
     };
@@ -400,6 +400,35 @@ mod tests {
             assert_eq!(model.read("w"), own);
             Ok(())
         });
+    }
+
+    // What is saved at the end of a validation is what training goes on from, in whatever order the two were added.
+    #[test]
+    fn a_checkpoint_after_validation_holds_the_models_own_values() {
+        let folder = tempfile::tempdir().unwrap();
+        let keep = || ModelCheckpoint::new(folder.path()).after_validation();
+        let ema = || Ema::new(0.5).unwrap();
+        let builder = || Fabric::builder().devices(1);
+        for builder in [
+            builder().callback(ema()).callback(keep()),
+            builder().callback(keep()).callback(ema()),
+        ] {
+            let outcome = builder.build().unwrap().launch(|fabric| {
+                let (model, mut optimizer) =
+                    fabric.setup(VecModel::new([("w", vec![0f32])]), Sgd::new(1.0))?;
+                fabric.backward(model.gradients(vec![Some(vec![-4.0])]))?;
+                optimizer.step()?;
+                let (mut state, mut saved) = (LoopState::default(), Vec::new());
+                let mut save = |_: &std::path::Path| {
+                    saved = model.read("w");
+                    Ok(())
+                };
+                fabric.notify(Hook::ValidationStart, &mut state.moment())?;
+                fabric.notify(Hook::ValidationEnd, &mut state.moment().saving(&mut save))?;
+                Ok(saved)
+            });
+            assert_eq!(outcome.unwrap(), Some(vec![4.0]));
+        }
     }
 
     #[test]

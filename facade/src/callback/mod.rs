@@ -1,5 +1,5 @@
 //! Callbacks: what a program hangs on the moments of its loop. Fabric calls them in the order of registration, on every
-//! rank.
+//! rank; those that save, [`ModelCheckpoint`], come behind all others, so that they save what those have made of the moment.
 //!
 //! The moments that Lightning has names for are methods of [`Callback`], and variants of [`Hook`]: the loop announces them by
 //! [`Fabric::notify`], with a [`Moment`]. A program's own moments have a name and a payload of any type: [`Fabric::call`].
@@ -50,6 +50,7 @@ pub(crate) struct Callbacks(Vec<Slot>);
 #[derive(Clone)]
 struct Slot {
     key: String, // of its state: its name, or `name#2` for the second
+    saves: bool,
     callback: Arc<Turn<Box<dyn Callback>>>,
 }
 
@@ -68,8 +69,16 @@ impl Callbacks {
         let key = keys
             .find(is_free)
             .expect("there are fewer callbacks than numbers");
+        // Behind all others: a moving average has given the model its own values back then, patience was counted.
+        let saves = (&*callback as &dyn Any).is::<ModelCheckpoint>();
+        let place = self.0.iter().position(|slot| slot.saves && !saves);
         let callback = Arc::new(Turn::new(callback));
-        self.0.push(Slot { key, callback });
+        let slot = Slot {
+            key,
+            saves,
+            callback,
+        };
+        self.0.insert(place.unwrap_or(self.0.len()), slot);
     }
 
     /// Callbacks for another rank in this process: own ones, where they can be had.
@@ -79,8 +88,12 @@ impl Callbacks {
             let twin = own.and_then(|own| own.twin());
             let callback =
                 twin.map_or_else(|| slot.callback.clone(), |twin| Arc::new(Turn::new(twin)));
-            let key = slot.key.clone();
-            Slot { key, callback }
+            let (key, saves) = (slot.key.clone(), slot.saves);
+            Slot {
+                key,
+                saves,
+                callback,
+            }
         };
         Self(self.0.iter().map(twin).collect())
     }
