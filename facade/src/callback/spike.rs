@@ -149,13 +149,30 @@ impl SpikeDetection {
     fn exclude(&mut self, fabric: &Fabric, batch: u64) -> Result<()> {
         self.state.bad_batches.extend(batch.checked_sub(1));
         self.state.bad_batches.push(batch);
-        if fabric.is_global_zero() {
-            replace_file(
-                &self.path,
-                &serde_json::to_vec_pretty(&self.state.bad_batches)?,
-            )?;
+        match fabric.is_global_zero() {
+            true => self.add_to_file(),
+            false => Ok(()),
         }
-        Ok(())
+    }
+
+    /// Those that earlier runs have found stay: a run that begins anew, or before the spike, knows nothing of them.
+    fn add_to_file(&self) -> Result<()> {
+        let mut all: Vec<u64> = match std::fs::read(&self.path) {
+            Ok(bytes) => serde_json::from_slice(&bytes).map_err(|error| {
+                Error::argument(
+                    format!("{} is no list of batches: {error}", self.path.display()),
+                    "Move that file away, or give SpikeDetection another path",
+                )
+            })?,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+            Err(error) => return Err(error.into()),
+        };
+        for batch in &self.state.bad_batches {
+            if !all.contains(batch) {
+                all.push(*batch);
+            }
+        }
+        replace_file(&self.path, &serde_json::to_vec_pretty(&all)?)
     }
 }
 
@@ -204,6 +221,7 @@ impl Callback for SpikeDetection {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::callback::{Hook, LoopState};
 
     fn run(mut detection: SpikeDetection, losses: &[f64]) -> Option<usize> {
         losses.iter().enumerate().find_map(|(batch, loss)| {
@@ -255,6 +273,42 @@ mod tests {
         ] {
             assert_eq!(run(detection, losses), spike, "{name}");
         }
+    }
+
+    // UTIL-20, line 59: the run that a spike has ended is begun again, from before the spike or anew.
+    #[test]
+    fn a_later_run_adds_to_the_batches_to_leave_out() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(FILE);
+        for (spike, expected) in [
+            (3, vec![2, 3]),
+            (7, vec![2, 3, 6, 7]),
+            (7, vec![2, 3, 6, 7]),
+        ] {
+            let fabric = Fabric::builder().callback(SpikeDetection::new(folder.path()));
+            let outcome = fabric.devices(1).build().unwrap().launch(|fabric| {
+                let mut state = LoopState::default();
+                for batch in 0..=spike {
+                    let loss = if batch == spike { 9.0 } else { 1.0 };
+                    let mut moment = state.moment().loss(loss).batch(batch);
+                    fabric.notify(Hook::TrainBatchEnd, &mut moment)?;
+                }
+                Ok(())
+            });
+            let error = outcome.unwrap_err();
+            assert_eq!(error.downcast_ref(), Some(&TrainingSpike { batch: spike }));
+            let skip: Vec<u64> = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+            assert_eq!(skip, expected);
+        }
+        std::fs::write(&path, "nonsense").unwrap();
+        let fabric = Fabric::builder().devices(1).build().unwrap();
+        let outcome = fabric.launch(|fabric| SpikeDetection::new(&path).exclude(fabric, 1));
+        assert!(outcome.unwrap_err().to_string().contains(FILE));
+        assert_eq!(
+            std::fs::read(&path).unwrap(),
+            b"nonsense",
+            "not overwritten"
+        );
     }
 
     // UTIL-20, BUG-11, line 59
