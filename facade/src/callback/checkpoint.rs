@@ -1,6 +1,7 @@
 //! A callback that saves the loop's state now and then, and keeps the best of it.
 
 use std::{
+    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
 };
@@ -22,7 +23,8 @@ const ENDING: &str = ".ckpt";
 /// before. `last` in the folder is a link to the newest, from which [`ModelCheckpoint::latest`] lets a program go on.
 ///
 /// What is decided is rank 0's decision, by its own numbers. What the folder holds stands in `checkpoints.json` there, so that
-/// a run that goes on ([`Fabric::load_callback_states`]) goes on removing; a new run leaves other runs' files alone.
+/// a run that goes on ([`Fabric::load_callback_states`]) goes on removing; a new run leaves other runs' files alone. Several may
+/// share a folder when they save at other times, or by another metric. A name that is taken gets `-v1`, `-v2`, ... behind it.
 ///
 /// ```no_run
 /// use fabric::{Fabric, callback::{Mode, ModelCheckpoint}};
@@ -225,12 +227,26 @@ impl ModelCheckpoint {
                 "ModelCheckpoint cannot name a file '{name}'. The loop has the names epoch, step, and its metrics'"
             ));
         }
-        let kept = Kept { name, score };
-        let newest = self.state.kept.len();
-        match self.surplus(&kept).contains(&newest) {
-            true => Decision::Leave,
-            false => Decision::Save(kept),
+        let mut kept = Kept { name, score };
+        let surplus = self.surplus(&kept);
+        if surplus.contains(&self.state.kept.len()) {
+            return Decision::Leave;
         }
+        let is_again = step_in(&kept.name) == Some(moment.progress.steps);
+        let own = self.state.kept.iter().enumerate();
+        let replaceable = own.filter(|(index, _)| is_again || surplus.contains(index));
+        let replaceable: Vec<_> = replaceable.map(|(_, old)| &old.name).collect();
+        let is_free = |name: &String| {
+            replaceable.contains(&name) || self.folder.join(name).symlink_metadata().is_err()
+        };
+        if !is_free(&kept.name) {
+            let stem = kept.name.trim_end_matches(ENDING);
+            let mut names = (1u64..).map(|version| format!("{stem}-v{version}{ENDING}"));
+            kept.name = names
+                .find(is_free)
+                .expect("there are fewer files than numbers");
+        }
+        Decision::Save(kept)
     }
 
     fn name_at(&self, moment: &Moment<'_>) -> String {
@@ -280,9 +296,11 @@ impl ModelCheckpoint {
             self.link(&last.name)
                 .map_err(|error| failed("link", &self.folder, &error))?;
         }
+        let mut records = self.records()?;
+        records.insert(self.key(), self.state.clone());
         replace_file(
             &self.folder.join(RECORD),
-            &serde_json::to_vec_pretty(&self.state)?,
+            &serde_json::to_vec_pretty(&records)?,
         )?;
         for kept in removed {
             let path = self.folder.join(&kept.name);
@@ -297,6 +315,23 @@ impl ModelCheckpoint {
             }
         }
         Ok(())
+    }
+
+    /// Which of the folder's records is this one's: two that share a folder must not take one another's files for their own.
+    fn key(&self) -> String {
+        match &self.monitor {
+            Some((metric, mode)) => format!("{:?} {mode:?} {metric}", self.when),
+            None => format!("{:?}", self.when),
+        }
+    }
+
+    /// What stands in the folder's record.
+    fn records(&self) -> Result<BTreeMap<String, State>> {
+        match fs::read(self.folder.join(RECORD)) {
+            Ok(bytes) => from_state(RECORD, &serde_json::from_slice(&bytes)?),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(BTreeMap::new()),
+            Err(error) => Err(failed("read the record", &self.folder, &error)),
+        }
     }
 
     /// In one step.
@@ -366,8 +401,8 @@ impl Callback for ModelCheckpoint {
     /// The folder's own record is newer than any that stands in a checkpoint.
     fn load_state(&mut self, state: &serde_json::Value) -> Result<()> {
         self.state = from_state(self.name(), state)?;
-        if let Ok(bytes) = fs::read(self.folder.join(RECORD)) {
-            self.state = from_state(RECORD, &serde_json::from_slice(&bytes)?)?;
+        if let Some(own) = self.records()?.remove(&self.key()) {
+            self.state = own;
         }
         let folder = &self.folder;
         self.state

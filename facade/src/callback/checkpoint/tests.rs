@@ -116,7 +116,7 @@ fn a_run_that_goes_on_goes_on_removing_and_a_new_one_does_not() {
         4,
         "others are left alone"
     );
-    fs::remove_file(folder.path().join("again-9.0000.ckpt")).unwrap();
+    fs::remove_dir_all(folder.path()).unwrap();
     left(new(), &[1.0, 2.0, 3.0]);
     let mut second = new().filename("again-{x}");
     second
@@ -153,4 +153,89 @@ fn what_is_missing_is_said() {
         let error = outcome.unwrap_err().to_string();
         assert!(error.contains(word), "{error}");
     }
+}
+
+// A name that a worse checkpoint has too must not cost the better one.
+#[test]
+fn a_worse_checkpoint_does_not_replace_the_best_of_the_same_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let new = || {
+        ModelCheckpoint::new(folder.path())
+            .monitor("x", Mode::Min)
+            .filename("best")
+    };
+    let fabric = Fabric::builder()
+        .devices(1)
+        .callback(new())
+        .build()
+        .unwrap();
+    let outcome = fabric.launch(|fabric| {
+        let mut state = LoopState::default();
+        for (steps, value) in [(1, 1.0), (2, 2.0), (3, 3.0)] {
+            state.metrics.set("x", value);
+            state.progress.steps = steps;
+            let mut save = |path: &Path| Ok(fs::write(path, value.to_string())?);
+            fabric.notify(Hook::TrainEpochEnd, &mut state.moment().saving(&mut save))?;
+        }
+        fabric.with_callback(|keep: &mut ModelCheckpoint| {
+            let paths = [keep.best_path(), keep.last_path()];
+            Ok(paths.map(|path| fs::read_to_string(path.unwrap()).unwrap()))
+        })
+    });
+    let [best, last] = outcome.unwrap().flatten().unwrap();
+    assert_eq!((&*best, &*last), ("1", "3"));
+    assert_eq!(names(folder.path()).len(), 2);
+}
+
+// "A new run leaves other runs' files alone", also where it gives the same names.
+#[test]
+fn a_new_run_does_not_overwrite_another_runs_files() {
+    let folder = tempfile::tempdir().unwrap();
+    let new = || ModelCheckpoint::new(folder.path()).keep_all();
+    left(new(), &[1.0]);
+    fs::write(folder.path().join("epoch=0-step=1.ckpt"), "theirs").unwrap();
+    let names = left(new(), &[1.0]);
+    assert_eq!(names, ["epoch=0-step=1-v1.ckpt", "epoch=0-step=1.ckpt"]);
+    let theirs = fs::read_to_string(folder.path().join("epoch=0-step=1.ckpt"));
+    assert_eq!(theirs.unwrap(), "theirs");
+}
+
+// Two in one folder: after a restart each goes on with its own files, and removes none of the other's.
+#[test]
+fn two_in_one_folder_do_not_remove_one_anothers_files_after_a_restart() {
+    let folder = tempfile::tempdir().unwrap();
+    let best = || {
+        ModelCheckpoint::new(folder.path())
+            .monitor("x", Mode::Min)
+            .save_last(false)
+            .filename("best-{step}")
+    };
+    let all = || ModelCheckpoint::new(folder.path()).keep_all();
+    let run = |states: Option<_>, values: &[f64], from: u64| {
+        let builder = Fabric::builder().devices(1).callback(best());
+        let fabric = builder.callback(all()).build().unwrap();
+        let states = fabric.launch(|fabric| {
+            if let Some(states) = &states {
+                fabric.load_callback_states(states)?;
+            }
+            let mut state = LoopState::default();
+            for (steps, value) in (from..).zip(values) {
+                state.metrics.set("x", *value);
+                state.progress.steps = steps;
+                let mut save = |path: &Path| Ok(fs::write(path, "x")?);
+                fabric.notify(Hook::TrainEpochEnd, &mut state.moment().saving(&mut save))?;
+            }
+            fabric.callback_states()
+        });
+        states.unwrap().unwrap()
+    };
+    let states = run(None, &[3.0, 2.0], 1);
+    run(Some(states), &[1.0], 3);
+    let expected = [
+        "best-3.ckpt",
+        "epoch=0-step=1.ckpt",
+        "epoch=0-step=2.ckpt",
+        "epoch=0-step=3.ckpt",
+    ];
+    assert_eq!(names(folder.path()), expected);
 }
