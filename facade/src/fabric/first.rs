@@ -24,7 +24,11 @@ impl Fabric {
     /// # Errors
     /// As [`Fabric::rank_zero_first`].
     pub fn local_rank_zero_first<T>(&self, body: impl FnOnce() -> Result<T>) -> Result<T> {
-        self.some_first(self.node_rank(), self.local_rank() == 0, body)
+        let place = self.node_rank();
+        // Not local rank 0, who may be in no group, or in another.
+        let places = self.all_gather_object(&place)?;
+        let first = places.iter().position(|other| *other == place);
+        self.some_first(place, first == Some(self.global_rank()), body)
     }
 
     /// Those that are `first` run before the others of their `place`.
@@ -79,5 +83,27 @@ impl Fabric {
     /// Who has told the others waits for nobody; one that leaves in anger would stop those who have not read it yet.
     pub(crate) fn all_have_heard(&self) -> Result<()> {
         self.barrier()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // A group of a machine's third and fourth rank has a first one, too: when it fails, the other does not run.
+    #[test]
+    fn a_group_without_local_rank_0_has_a_first_rank() {
+        let fabric = Fabric::builder().devices(4).build().unwrap();
+        let failed = fabric.launch_threads(|fabric| {
+            let pair = fabric.split(u32::try_from(fabric.global_rank() / 2)?, 0)?;
+            let body = || match pair.global_rank() {
+                0 => Err(Error::new("no room on the disk")),
+                _ => Ok(()),
+            };
+            let outcome = pair.local_rank_zero_first(body);
+            fabric.barrier()?;
+            Ok(outcome.is_err())
+        });
+        assert_eq!(failed.unwrap(), [true; 4]);
     }
 }
