@@ -6,9 +6,22 @@ use std::{
     process::{Command, Stdio},
 };
 
+use fabric::{
+    Fabric, FabricModule, Result,
+    callback::{EarlyStopping, Ema, Hook, LoopState, ModelCheckpoint, at},
+    data::DataLoader,
+    model::Backward,
+    optim::Sgd,
+    vec::VecModel,
+};
 use serde_json::Value;
+use template::{Task, Trainer};
 
 use crate::process::finish;
+
+#[allow(dead_code)] // the program uses the rest
+#[path = "../facade/examples/trainer/trainer.rs"]
+mod template;
 
 const TRAINER: &str = env!("CARGO_BIN_EXE_trainer");
 
@@ -99,4 +112,146 @@ fn a_run_goes_on_from_the_middle_of_an_epoch_to_the_same_loss() {
         let other = run(args("3", "zero1", "16", &["--resume"]), "other");
         assert_near(&other, &whole);
     }
+}
+
+/// One parameter, from which each step takes the mean of its samples.
+struct Mean;
+
+impl Task<VecModel> for Mean {
+    type Batch = Vec<f32>;
+
+    fn training_step<'a>(
+        &'a self,
+        model: &'a FabricModule<VecModel>,
+        batch: &'a Vec<f32>,
+    ) -> Result<(f64, impl Backward + 'a)> {
+        let mean = batch.iter().sum::<f32>() / batch.len() as f32;
+        Ok((mean.into(), model.gradients(vec![Some(vec![mean])])))
+    }
+
+    fn validation_step(
+        &self,
+        _: &FabricModule<VecModel>,
+        batch: &Vec<f32>,
+    ) -> Result<Vec<Vec<f64>>> {
+        Ok(batch.iter().map(|_| vec![1.0]).collect())
+    }
+
+    fn scores(&self) -> Vec<&'static str> {
+        vec!["val_loss"]
+    }
+
+    fn samples(&self, batch: &Vec<f32>) -> u64 {
+        batch.len() as u64
+    }
+}
+
+/// Train on the samples 1 to 8, one a batch. What is at the end: the loop's state, the parameter, its average if there is one.
+fn mean(
+    trainer: &Trainer,
+    callbacks: impl FnOnce(&Fabric),
+) -> (LoopState, Vec<f32>, Option<Vec<f32>>) {
+    let fabric = Fabric::builder().devices(1).build().unwrap();
+    callbacks(&fabric);
+    let outcome = fabric.launch(|fabric| {
+        let model = VecModel::new([("w", vec![0f32])]);
+        let samples = || (1..=8).map(|sample| sample as f32).collect::<Vec<_>>();
+        let loaders = (DataLoader::new(samples()), DataLoader::new(samples()));
+        let trained = trainer.fit(fabric, &Mean, (model, Sgd::new(1.0)), loaders)?;
+        let view = trained.model.view();
+        let average = fabric.with_callback(|ema: &mut Ema| Ok(ema.read(&view)?.remove(0).1))?;
+        Ok((trained.state.clone(), trained.model.read("w"), average))
+    });
+    outcome.unwrap().unwrap()
+}
+
+// GAP-08: what callbacks have counted at the moment of saving is saved, in whatever order they were added.
+#[test]
+fn patience_is_as_long_in_a_run_that_goes_on_as_in_one_that_was_not_interrupted() {
+    for saves_first in [true, false] {
+        let folder = tempfile::tempdir().unwrap();
+        let callbacks = |fabric: &Fabric| {
+            let keep = ModelCheckpoint::new(folder.path()).after_validation();
+            let stop = EarlyStopping::new("val_loss").patience(4);
+            let mut both: Vec<Box<dyn FnOnce()>> = vec![
+                Box::new(move || fabric.add_callback(keep)),
+                Box::new(move || fabric.add_callback(stop)),
+            ];
+            if !saves_first {
+                both.reverse();
+            }
+            both.into_iter().for_each(|add| add());
+        };
+        let trainer = |max_epochs| Trainer {
+            max_epochs,
+            ..Trainer::default()
+        };
+        for epochs in 1..=3 {
+            let part = trainer(epochs).resume_latest(folder.path()).unwrap();
+            assert_eq!(mean(&part, callbacks).0.progress.epoch, epochs);
+        }
+        let rest = trainer(20).resume_latest(folder.path()).unwrap();
+        let (state, ..) = mean(&rest, callbacks);
+        assert!(state.stopped().is_some());
+        assert_eq!(state.progress.epoch, 5, "one good look and four others");
+    }
+}
+
+// GAP-08: the batches of a step that was begun have left the loader.
+#[test]
+fn a_stop_in_the_middle_of_a_step_costs_no_sample() {
+    let folder = tempfile::tempdir().unwrap();
+    let trainer = Trainer {
+        max_epochs: 1,
+        accumulate: 2,
+        ..Trainer::default()
+    };
+    let (_, whole, _) = mean(&trainer, |_| {});
+    assert_eq!(whole, [-(1.5 + 3.5 + 5.5 + 7.5)]);
+    let keep = || ModelCheckpoint::new(folder.path());
+    let (state, ..) = mean(&trainer, |fabric| {
+        fabric.add_callback(keep());
+        fabric.add_callback(at(Hook::AfterBackward, |_, moment| {
+            if moment.progress.batches == 2 {
+                moment.stop("enough");
+            }
+            Ok(())
+        }));
+    });
+    assert_eq!(state.progress.batch, 4, "the step was finished");
+    let rest = trainer.resume_latest(folder.path()).unwrap();
+    let (state, all, _) = mean(&rest, |fabric| fabric.add_callback(keep()));
+    assert_eq!((all, state.progress.batches), (whole, 8));
+}
+
+// GAP-08: a moving average goes on, too.
+#[test]
+fn a_moving_average_goes_on_from_the_checkpoint() {
+    let folder = tempfile::tempdir().unwrap();
+    let trainer = |max_epochs| Trainer {
+        max_epochs,
+        ..Trainer::default()
+    };
+    let callbacks = |fabric: &Fabric| {
+        fabric.add_callback(ModelCheckpoint::new(folder.path()));
+        fabric.add_callback(Ema::new(0.5).unwrap());
+    };
+    let (_, own, average) = mean(&trainer(2), |fabric| {
+        fabric.add_callback(Ema::new(0.5).unwrap());
+    });
+    mean(&trainer(1), callbacks);
+    let rest = trainer(2).resume_latest(folder.path()).unwrap();
+    let (_, resumed, resumed_average) = mean(&rest, callbacks);
+    assert_eq!((resumed, resumed_average), (own, average));
+}
+
+#[test]
+fn no_batches_of_validation_are_no_validation() {
+    let trainer = Trainer {
+        max_epochs: 1,
+        limit_val_batches: 0,
+        ..Trainer::default()
+    };
+    let (state, ..) = mean(&trainer, |_| {});
+    assert_eq!(state.metrics.get("val_loss"), None, "and not NaN");
 }

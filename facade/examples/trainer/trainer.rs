@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use fabric::{
     Clip, Fabric, FabricModule, FabricOptimizer, ReduceOp, Result, State,
-    callback::{Hook, LoopState, ModelCheckpoint, Moment, Progress},
+    callback::{Ema, Hook, LoopState, ModelCheckpoint, Moment, Progress},
     data::{DataLoader, Dataset, LoaderState},
     model::{Backward, Model},
     optim::Optimizer,
@@ -171,6 +171,7 @@ where
             self.train_epoch()?;
             let epoch = self.trained.state.progress.epoch;
             if (epoch + 1).is_multiple_of(self.trainer.validate_every)
+                && self.trainer.limit_val_batches > 0
                 && !self.validation.is_empty()
             {
                 self.validate()?;
@@ -229,7 +230,8 @@ where
                 self.trained.losses.push(std::mem::take(&mut mean));
             }
             self.trained.state.progress.batch += 1;
-            if self.is_over() {
+            // Not within a step, whose other batches have left the loader already.
+            if micro.is_last() && self.is_over() {
                 break;
             }
         }
@@ -344,7 +346,18 @@ where
             callbacks: fabric.callback_states()?, // now: one that saves is busy, and would be left out
             scaler: fabric.loss_scaler_state(),
         };
-        let mut save = |path: &Path| fabric.save(path, whole.state(model, optimizer));
+        let mut save = |path: &Path| {
+            // What the others have made of this moment meanwhile.
+            whole.callbacks.extend(fabric.callback_states()?);
+            let saved = fabric.with_callback(|ema: &mut Ema| {
+                let state = whole.state(model, optimizer);
+                fabric.save(path, state.average("ema", ema, model))
+            })?;
+            match saved {
+                Some(()) => Ok(()),
+                None => fabric.save(path, whole.state(model, optimizer)),
+            }
+        };
         let mut moment = state.moment().model(model).saving(&mut save);
         if let Some((loss, skipped)) = step {
             moment = moment.loss(loss).skipped(skipped);
@@ -360,7 +373,13 @@ where
             state,
             ..
         } = &mut self.trained;
-        self.fabric.load(path, whole.state(model, optimizer))?;
+        let loaded = self.fabric.with_callback(|ema: &mut Ema| {
+            let state = whole.state(model, optimizer);
+            self.fabric.load(path, state.average("ema", ema, model))
+        })?;
+        if loaded.is_none() {
+            self.fabric.load(path, whole.state(model, optimizer))?;
+        }
         self.fabric.load_callback_states(&whole.callbacks)?;
         self.fabric.load_loss_scaler_state(whole.scaler)?;
         state.progress = whole.place.progress;
