@@ -54,7 +54,7 @@ impl Fabric {
         batches: impl IntoIterator<Item = Result<B>> + 'a,
         how: Uneven,
     ) -> impl Iterator<Item = Result<Joined<B>>> + 'a {
-        let mut batches = batches.into_iter();
+        let mut batches = batches.into_iter().fuse();
         let (mut last, mut ended) = (None, false);
         std::iter::from_fn(move || {
             if ended {
@@ -108,5 +108,39 @@ impl Fabric {
             )
         })?;
         Ok(Some(Joined { batch, weight }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // An iterator may go on after its end, as one over what a channel has just now does: an epoch does not.
+    #[test]
+    fn an_epoch_ends_at_its_first_end() {
+        let fabric = Fabric::builder().devices(2).build().unwrap();
+        let seen = fabric.launch_threads(|fabric| {
+            let rank = fabric.global_rank();
+            let (mut polled, of) = (0, [3, 2][rank]); // every third poll, and every second, is an end
+            let batches = std::iter::from_fn(move || {
+                polled += 1;
+                (polled % of != 0 && polled < 20).then_some(Ok(polled))
+            });
+            let joined = fabric.join_uneven(batches, Uneven::Shadow);
+            joined
+                .map(|joined| Ok(joined?.weight))
+                .collect::<Result<Vec<_>>>()
+        });
+        assert_eq!(seen.unwrap(), [vec![1.0, 2.0], vec![1.0, 0.0]]);
+        let fabric = Fabric::builder().devices(1).build().unwrap();
+        let micros = fabric.launch(|fabric| {
+            let mut polled = 0;
+            let batches = std::iter::from_fn(move || {
+                polled += 1;
+                (polled % 4 != 0 && polled < 20).then_some(Ok(polled))
+            });
+            Ok(fabric.accumulate(2).over(batches).count())
+        });
+        assert_eq!(micros.unwrap(), Some(3));
     }
 }

@@ -91,7 +91,7 @@ impl<'a, B: 'a> Accumulate<'a, B> {
     where
         B: 'a,
     {
-        let mut batches = batches.into_iter();
+        let mut batches = batches.into_iter().fuse();
         let mut step = Vec::new().into_iter();
         let mut ended = false;
         std::iter::from_fn(move || {
