@@ -104,7 +104,7 @@ pub fn resolve(
     }
     let place = started_by.and_then(|detection| detection.place.as_ref());
     let (device_indices, num_nodes, world_size) = match place {
-        Some(place) => started(request, place)?,
+        Some(place) => started(request, place, found)?,
         None => asked(request, found, &mut reasons)?,
     };
     let preset = strategy(request, world_size, num_nodes, &mut reasons)?;
@@ -214,7 +214,7 @@ fn accelerator<'a>(
 
 /// Devices, machines and ranks, where a launcher has started them: what was asked for must be what is there, because a
 /// rank that believes in another world trains on another share of the data.
-fn started(request: &Request, place: &Place) -> Result<(Vec<usize>, usize, usize)> {
+fn started(request: &Request, place: &Place, found: &Found) -> Result<(Vec<usize>, usize, usize)> {
     let asked = match &request.devices {
         Devices::Auto | Devices::All => None,
         Devices::Count(count) => Some(*count),
@@ -223,7 +223,10 @@ fn started(request: &Request, place: &Place) -> Result<(Vec<usize>, usize, usize
     };
     place.validate(asked, request.num_nodes)?;
     let list = match &request.devices {
-        Devices::List(list) if list.len() == place.local_world => list.clone(),
+        Devices::List(list) if list.len() == place.local_world => match found.is_numbered {
+            true => request.devices.among(found)?,
+            false => list.clone(), // it says how many
+        },
         _ => (0..place.local_world).collect(),
     };
     Ok((list, place.nodes, place.world))

@@ -310,3 +310,20 @@ fn wires_and_times_that_cannot_be_are_refused() {
     let reasons = of(None, Some(Duration::from_secs(90))).unwrap().reasons;
     assert!(reasons.contains(&"timeout = 90 s for one collective: asked for".to_string()));
 }
+
+// CON-04: a launcher's ranks may not share a card, or have one that is not there, any more than our own.
+#[test]
+fn devices_that_make_no_sense_make_none_under_a_launcher() {
+    let cards = machine(4, true);
+    for (devices, word) in [
+        (vec![2, 2], "device 2 of 'cuda' was asked for twice"),
+        (vec![0, 9], "device 9 of 'cuda' was asked for"),
+    ] {
+        let request = request("cuda", "ddp", devices);
+        let error = resolve(&request, Some(&place(2, 2)), &cards).unwrap_err();
+        assert!(error.to_string().contains(word), "{error}");
+    }
+    let request = request("cuda", "ddp", vec![3, 1]);
+    let resolved = resolve(&request, Some(&place(2, 2)), &cards).unwrap();
+    assert_eq!(resolved.device_indices, [3, 1]);
+}
