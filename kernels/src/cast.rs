@@ -1,12 +1,19 @@
 //! Casts: elements of one dtype written as another, scaled or divided on the way.
 
+use crate::device::{Task, place};
+use crate::dtype::Dtype;
 use crate::error::{KernelError, on_host, same_length};
 use crate::simd;
 use crate::span::{Span, SpanMut};
 
 /// `into[i] = from[i]`, rounded once. Any float goes into any float; equal dtypes of any kind are copied byte for byte.
 pub fn cast(from: Span<'_>, into: SpanMut<'_>) -> Result<(), KernelError> {
-    check("cast", from, &into)?;
+    same_length("cast", into.len(), from.len())?;
+    if let Some(device) = place([into.device(), from.device()]) {
+        movable(from.dtype(), into.dtype())?;
+        let factor = 1.0;
+        return device.run(Task::Move { from, into, factor });
+    }
     if from.dtype() == into.dtype() {
         simd::copy(from, into);
         return Ok(());
@@ -35,8 +42,12 @@ pub fn cast(from: Span<'_>, into: SpanMut<'_>) -> Result<(), KernelError> {
 /// ```
 pub fn cast_scaled(from: Span<'_>, into: SpanMut<'_>, factor: f64) -> Result<(), KernelError> {
     const OP: &str = "cast_scaled";
-    check(OP, from, &into)?;
+    same_length(OP, into.len(), from.len())?;
     let (source, target) = (from.dtype(), into.dtype());
+    if let Some(device) = place([into.device(), from.device()]) {
+        movable(source, target)?;
+        return device.run(Task::Move { from, into, factor });
+    }
     if source.is_float() {
         return with_float_pair!(
             source, target,
@@ -68,6 +79,9 @@ pub fn scale(mut x: SpanMut<'_>, factor: f64) -> Result<(), KernelError> {
     if !dtype.is_float() {
         return Err(KernelError::Unsupported { op: OP, dtype });
     }
+    if let Some(device) = x.device() {
+        return device.run(Task::Scale { x, factor });
+    }
     with_float!(
         dtype,
         |T| {
@@ -89,7 +103,8 @@ pub fn scale(mut x: SpanMut<'_>, factor: f64) -> Result<(), KernelError> {
 /// ([`cast_scaled`]), so that an average rounds once.
 pub fn divide(from: Span<'_>, into: SpanMut<'_>, by: u64) -> Result<(), KernelError> {
     const OP: &str = "divide";
-    check(OP, from, &into)?;
+    on_host(OP, [from.device(), into.device()])?;
+    same_length(OP, into.len(), from.len())?;
     let (source, target) = (from.dtype(), into.dtype());
     if !source.is_integer() {
         return Err(KernelError::Unsupported {
@@ -113,8 +128,10 @@ pub fn divide(from: Span<'_>, into: SpanMut<'_>, by: u64) -> Result<(), KernelEr
     )
 }
 
-/// What every verb with one source and one target asks of them.
-fn check(op: &'static str, from: Span<'_>, into: &SpanMut<'_>) -> Result<(), KernelError> {
-    on_host(op, [from.memory(), into.memory()])?;
-    same_length(op, into.len(), from.len())
+/// Refuses a pair of dtypes between which there is no cast.
+fn movable(from: Dtype, into: Dtype) -> Result<(), KernelError> {
+    match from == into || (from.is_float() && into.is_float()) {
+        true => Ok(()),
+        false => Err(KernelError::Cast { from, into }),
+    }
 }

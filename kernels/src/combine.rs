@@ -18,7 +18,8 @@
 use std::ops::Range;
 use std::{array, slice};
 
-use crate::dtype::{Dtype, Memory};
+use crate::device::Device;
+use crate::dtype::Dtype;
 use crate::error::KernelError;
 use crate::fold::{Fold, fold};
 use crate::simd::{self, BLOCK_BYTES, LEVELS, Scratch};
@@ -131,15 +132,15 @@ impl Work<'_, '_> {
             return Err(KernelError::NoSource { op: OP });
         };
         let (dtype, len) = (first.dtype(), first.len());
-        let like = |memory: Memory, other: Dtype, other_len: usize| {
-            memory == Memory::Host && other == dtype && other_len == len
+        let like = |device: Option<&dyn Device>, other: Dtype, other_len: usize| {
+            device.is_none() && other == dtype && other_len == len
         };
         let mut places = self
             .sources
             .iter()
-            .map(|s| (s.memory(), s.dtype(), s.len()))
-            .chain(targets.iter().map(|t| (t.memory(), t.dtype(), t.len())));
-        if let Some(other) = places.find(|(memory, other, len)| !like(*memory, *other, *len)) {
+            .map(|s| (s.device(), s.dtype(), s.len()))
+            .chain(targets.iter().map(|t| (t.device(), t.dtype(), t.len())));
+        if let Some(other) = places.find(|(device, other, len)| !like(*device, *other, *len)) {
             return Err(unlike(dtype, len, other));
         }
         debug_assert!(self.places_are_clear(targets), "{OP}: targets overlap");
@@ -439,9 +440,10 @@ fn blocks(
 fn unlike(
     first: Dtype,
     len: usize,
-    (memory, other, other_len): (Memory, Dtype, usize),
+    (device, other, other_len): (Option<&dyn Device>, Dtype, usize),
 ) -> KernelError {
-    if memory != Memory::Host {
+    if let Some(device) = device {
+        let memory = device.memory();
         return KernelError::Device { op: OP, memory };
     }
     if other != first {

@@ -1,5 +1,6 @@
 //! Why a kernel refused: nothing has been written when one of these comes back.
 
+use crate::device::Device;
 use crate::dtype::{Dtype, Memory};
 
 /// What was wrong with a call. Kernels check everything before they touch the first element.
@@ -126,6 +127,28 @@ pub enum KernelError {
         /// How many were passed.
         passed: usize,
     },
+    /// Spans of one call lie in different memories.
+    #[error(
+        "{op}: one span lies in {memory} memory and another in {other}; bring them to one place first"
+    )]
+    Apart {
+        /// The verb that was called.
+        op: &'static str,
+        /// Where the first lies.
+        memory: Memory,
+        /// Where the other lies.
+        other: Memory,
+    },
+    /// The driver of a device refused.
+    #[error("{memory}: {doing}: {what}")]
+    Driver {
+        /// The device.
+        memory: Memory,
+        /// What was asked of it.
+        doing: String,
+        /// Its answer: name, code and words, and what to try.
+        what: String,
+    },
     /// Hyperparameters that contradict each other or the spans.
     #[error("{op}: {reason}")]
     Step {
@@ -145,13 +168,16 @@ pub(crate) fn same_length(op: &'static str, into: usize, from: usize) -> Result<
     }
 }
 
-/// Refuses the first memory that is not the host's.
+/// Refuses the first span that does not lie on the host.
 pub(crate) fn on_host<const N: usize>(
     op: &'static str,
-    memories: [Memory; N],
+    devices: [Option<&dyn Device>; N],
 ) -> Result<(), KernelError> {
-    match memories.into_iter().find(|memory| *memory != Memory::Host) {
+    match devices.into_iter().flatten().next() {
         None => Ok(()),
-        Some(memory) => Err(KernelError::Device { op, memory }),
+        Some(device) => Err(KernelError::Device {
+            op,
+            memory: device.memory(),
+        }),
     }
 }

@@ -15,7 +15,7 @@
 //! Limits: fewer than 2^63 elements together, over fewer than 2^31 ranks. A sum is below 2^63 * 2^2048 = 2^2111, and
 //! there is room to 2^2140. A bin of one rank is below 2^32, so what an all-reduce adds up stays below 2^63.
 
-use crate::error::{KernelError, on_host};
+use crate::error::KernelError;
 use crate::simd;
 use crate::span::Span;
 
@@ -90,15 +90,62 @@ impl SquareBins {
 
     /// Adds the square of every element. Floats only.
     pub fn add(&mut self, x: Span<'_>) -> Result<(), KernelError> {
+        self.add_all(&[x])
+    }
+
+    /// Adds the square of every element of every span; those that lie on one device are read by it together.
+    ///
+    /// What a device adds is the sum of its finite squares in f64, in an order that follows from their number: the bins
+    /// are exact from there on.
+    pub fn add_all(&mut self, spans: &[Span<'_>]) -> Result<(), KernelError> {
         const OP: &str = "add squares";
-        on_host(OP, [x.memory()])?;
+        if let Some(odd) = spans.iter().find(|span| !span.dtype().is_float()) {
+            let dtype = odd.dtype();
+            return Err(KernelError::Unsupported { op: OP, dtype });
+        }
+        let mut away = Vec::new();
+        for span in spans {
+            match span.device() {
+                None => self.add_host(*span),
+                Some(_) => away.push(*span),
+            }
+        }
+        while let Some(device) = away.first().and_then(Span::device) {
+            let is_there = |span: &Span<'_>| {
+                let other = span.device();
+                other.is_some_and(|other| std::ptr::addr_eq(&raw const *other, &raw const *device))
+            };
+            let (there, rest) = away.into_iter().partition::<Vec<_>, _>(is_there);
+            let found = device.squares(&there)?;
+            self.infinities += found.infinities as i64;
+            self.nans += found.nans as i64;
+            self.enter_sum(found.sum);
+            self.carry();
+            away = rest;
+        }
+        Ok(())
+    }
+
+    fn add_host(&mut self, x: Span<'_>) {
         with_float!(
             x.dtype(),
             |T| simd::add_squares::<T>(x, self),
-            else return Err(KernelError::Unsupported { op: OP, dtype: x.dtype() })
+            else unreachable!("only floats come here")
         );
         self.carry();
-        Ok(())
+    }
+
+    /// Adds a sum of squares that somebody else has rounded to f64.
+    fn enter_sum(&mut self, sum: f64) {
+        if sum.is_nan() {
+            self.nans += 1;
+        } else if sum.is_infinite() {
+            self.infinities += 1;
+        } else {
+            let (digits, exponent) = digits_of(sum);
+            // Below 2^-1074 f64 has no digits, so the unit is never smaller than that of bin 0.
+            self.enter(digits as i64, exponent);
+        }
     }
 
     /// Adds all that another sum has seen.

@@ -1,7 +1,8 @@
 //! Values that do not come from another span: a constant, or a bound.
 
+use crate::device::Task;
 use crate::dtype::{Bool, Dtype};
-use crate::error::{KernelError, on_host};
+use crate::error::KernelError;
 use crate::simd;
 use crate::span::SpanMut;
 
@@ -9,8 +10,10 @@ use crate::span::SpanMut;
 /// value but zero.
 pub fn fill(into: SpanMut<'_>, value: f64) -> Result<(), KernelError> {
     const OP: &str = "fill";
-    on_host(OP, [into.memory()])?;
     let dtype = into.dtype();
+    if let Some(device) = into.device() {
+        return device.run(Task::Fill { into, value });
+    }
     if dtype == Dtype::Bool {
         simd::fill(into, Bool::from(value != 0.0));
         return Ok(());
@@ -33,7 +36,6 @@ pub fn fill(into: SpanMut<'_>, value: f64) -> Result<(), KernelError> {
 /// a number of the dtype; an infinite limit bounds nothing.
 pub fn clamp(x: SpanMut<'_>, limit: f64) -> Result<(), KernelError> {
     const OP: &str = "clamp";
-    on_host(OP, [x.memory()])?;
     let dtype = x.dtype();
     if !dtype.is_float() {
         return Err(KernelError::Unsupported { op: OP, dtype });
@@ -43,6 +45,9 @@ pub fn clamp(x: SpanMut<'_>, limit: f64) -> Result<(), KernelError> {
     }
     if limit.is_infinite() {
         return Ok(());
+    }
+    if let Some(device) = x.device() {
+        return device.run(Task::Clamp { x, limit });
     }
     with_float!(
         dtype,

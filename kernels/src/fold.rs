@@ -2,8 +2,9 @@
 
 use std::fmt;
 
+use crate::device::{Task, place};
 use crate::dtype::Dtype;
-use crate::error::{KernelError, on_host, same_length};
+use crate::error::{KernelError, same_length};
 use crate::simd;
 use crate::span::{Span, SpanMut};
 
@@ -80,9 +81,18 @@ impl fmt::Display for Fold {
 /// `into[i] = into[i] op with[i]`. Two floats of any dtypes meet in f64 if either is f64, else in f32, and the result is
 /// rounded once. Integers and bool meet their own dtype only.
 pub fn fold(op: Fold, into: SpanMut<'_>, with: Span<'_>) -> Result<(), KernelError> {
-    on_host("fold", [into.memory(), with.memory()])?;
     same_length("fold", into.len(), with.len())?;
     let (target, source) = (into.dtype(), with.dtype());
+    if let Some(device) = place([into.device(), with.device()]) {
+        op.check(target)?;
+        if target != source && !(target.is_float() && source.is_float()) {
+            return Err(KernelError::Cast {
+                from: source,
+                into: target,
+            });
+        }
+        return device.run(Task::Fold { op, into, with });
+    }
     if target.is_float() {
         op.check(target)?;
         return with_float_pair!(

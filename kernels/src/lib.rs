@@ -34,6 +34,7 @@ mod dispatch;
 
 mod cast;
 mod combine;
+pub mod device;
 mod dtype;
 mod error;
 mod exact;
@@ -51,6 +52,7 @@ mod tests;
 
 pub use cast::{cast, cast_scaled, divide, scale};
 pub use combine::{Finish, Store, combine};
+pub use device::{Device, batch, put_off};
 pub use dtype::{Bool, Dtype, Element, F8E4M3, F8E5M2, Memory};
 pub use error::KernelError;
 pub use exact::SquareBins;

@@ -27,7 +27,7 @@ pub struct SumSquares {
 /// ```
 pub fn sum_squares(x: Span<'_>) -> Result<SumSquares, KernelError> {
     const OP: &str = "sum_squares";
-    on_host(OP, [x.memory()])?;
+    on_host(OP, [x.device()])?;
     with_float!(
         x.dtype(),
         |T| Ok(simd::sum_squares::<T>(x)),

@@ -5,8 +5,10 @@
 //! f32 for the others; the parameter is rounded once. Gradients may be any float; one that is wider than the arithmetic
 //! is rounded to it first. All is elementwise: what becomes of an element does not depend on where its shard was cut.
 
-use crate::dtype::Dtype;
-use crate::error::{KernelError, on_host, same_length};
+use crate::cast;
+use crate::device::{Device, Task};
+use crate::dtype::{Dtype, Element, Memory};
+use crate::error::{KernelError, same_length};
 use crate::simd;
 use crate::span::{Span, SpanMut};
 
@@ -115,6 +117,9 @@ impl Rule {
 /// `copy` becomes the new parameter, cast to any float: what a [`cast`](crate::cast()) afterwards would write, without
 /// reading the parameter from memory again.
 ///
+/// Where the parameter lies on a device, so do its states and its copy, and it is updated there. A gradient that lies
+/// elsewhere is fetched first.
+///
 /// ```
 /// use fabric_kernels::{Lion, Rule, Span, SpanMut, update};
 /// use half::bf16;
@@ -149,11 +154,54 @@ pub fn update(
         grad_scale,
     };
     check(&step, &param, &grad, states, copy.as_ref())?;
+    if let Some(device) = param.device() {
+        let mut states = states.iter_mut().map(SpanMut::reborrow);
+        return device.run(Task::Update {
+            rule,
+            step: step.number,
+            grad_scale,
+            param,
+            grad,
+            states: [states.next(), states.next()],
+            copy,
+        });
+    }
+    if grad.device().is_some() {
+        return match param.dtype().accumulator() {
+            Dtype::F64 => update_with(&step, param, fetched::<f64>(grad)?, states, copy),
+            _ => update_with(&step, param, fetched::<f32>(grad)?, states, copy),
+        };
+    }
     simd::update(
         &step,
         simd::Spans {
             param,
             grad,
+            states,
+            copy,
+        },
+    )
+}
+
+/// The gradient, brought to the host in the type of the arithmetic.
+fn fetched<T: Element>(grad: Span<'_>) -> Result<Vec<T>, KernelError> {
+    let mut here = vec![T::zeroed(); grad.len()];
+    cast(grad, SpanMut::of(&mut here))?;
+    Ok(here)
+}
+
+fn update_with<T: Element>(
+    step: &Step<'_>,
+    param: SpanMut<'_>,
+    grad: Vec<T>,
+    states: &mut [SpanMut<'_>],
+    copy: Option<SpanMut<'_>>,
+) -> Result<(), KernelError> {
+    simd::update(
+        step,
+        simd::Spans {
+            param,
+            grad: Span::of(&grad),
             states,
             copy,
         },
@@ -177,10 +225,9 @@ fn check(
     copy: Option<&SpanMut<'_>>,
 ) -> Result<(), KernelError> {
     let op = step.rule.name();
-    on_host(op, [param.memory(), grad.memory()])?;
     same_length(op, param.len(), grad.len())?;
     if let Some(copy) = copy {
-        on_host(op, [copy.memory()])?;
+        beside(op, param, copy.device())?;
         same_length(op, copy.len(), param.len())?;
     }
     if step.number == 0 {
@@ -221,13 +268,13 @@ fn check(
     Ok(())
 }
 
-/// State lies on the host, is as long as the parameter, and has its accumulator's dtype.
+/// State lies where its parameter does, is as long as the parameter, and has its accumulator's dtype.
 fn check_state(
     op: &'static str,
     param: &SpanMut<'_>,
     state: &SpanMut<'_>,
 ) -> Result<(), KernelError> {
-    on_host(op, [state.memory()])?;
+    beside(op, param, state.device())?;
     same_length(op, param.len(), state.len())?;
     let wanted = param.dtype().accumulator();
     if state.dtype() == wanted {
@@ -239,6 +286,19 @@ fn check_state(
             state: state.dtype(),
             wanted,
         })
+    }
+}
+
+/// Refuses memory of another place than the parameter's.
+fn beside(
+    op: &'static str,
+    param: &SpanMut<'_>,
+    other: Option<&dyn Device>,
+) -> Result<(), KernelError> {
+    let other = other.map_or(Memory::Host, |device| device.memory());
+    match param.memory() {
+        memory if memory == other => Ok(()),
+        memory => Err(KernelError::Apart { op, memory, other }),
     }
 }
 

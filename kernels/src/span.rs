@@ -6,6 +6,7 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
+use crate::device::Device;
 use crate::dtype::{Dtype, Element, Memory};
 
 /// Elements that a kernel may read.
@@ -14,7 +15,7 @@ pub struct Span<'a> {
     pub(crate) ptr: *const u8,
     pub(crate) dtype: Dtype,
     pub(crate) len: usize,
-    pub(crate) memory: Memory,
+    pub(crate) device: Option<&'a dyn Device>,
     pub(crate) lifetime: PhantomData<&'a [u8]>,
 }
 
@@ -24,7 +25,7 @@ pub struct SpanMut<'a> {
     pub(crate) ptr: *mut u8,
     pub(crate) dtype: Dtype,
     pub(crate) len: usize,
-    pub(crate) memory: Memory,
+    pub(crate) device: Option<&'a dyn Device>,
     pub(crate) lifetime: PhantomData<&'a mut [u8]>,
 }
 
@@ -41,7 +42,7 @@ impl<'a> Span<'a> {
             ptr: elements.as_ptr().cast(),
             dtype: T::DTYPE,
             len: elements.len(),
-            memory: Memory::Host,
+            device: None,
             lifetime: PhantomData,
         }
     }
@@ -78,7 +79,18 @@ impl<'a> Span<'a> {
 
     /// Where the elements lie.
     pub fn memory(&self) -> Memory {
-        self.memory
+        self.device.map_or(Memory::Host, |device| device.memory())
+    }
+
+    /// Whose memory it is, and on which queue it is worked on; `None` is the host's.
+    pub fn device(&self) -> Option<&'a dyn Device> {
+        self.device
+    }
+
+    /// Whether host kernels may touch them.
+    #[inline]
+    pub(crate) fn is_on_host(&self) -> bool {
+        self.device.is_none()
     }
 
     /// The address of the first element.
@@ -94,7 +106,7 @@ impl<'a> SpanMut<'a> {
             ptr: elements.as_mut_ptr().cast(),
             dtype: T::DTYPE,
             len: elements.len(),
-            memory: Memory::Host,
+            device: None,
             lifetime: PhantomData,
         }
     }
@@ -124,7 +136,7 @@ impl<'a> SpanMut<'a> {
             ptr: self.ptr,
             dtype: self.dtype,
             len: self.len,
-            memory: self.memory,
+            device: self.device,
             lifetime: PhantomData,
         }
     }
@@ -135,7 +147,7 @@ impl<'a> SpanMut<'a> {
             ptr: self.ptr,
             dtype: self.dtype,
             len: self.len,
-            memory: self.memory,
+            device: self.device,
             lifetime: PhantomData,
         }
     }
@@ -162,7 +174,18 @@ impl<'a> SpanMut<'a> {
 
     /// Where the elements lie.
     pub fn memory(&self) -> Memory {
-        self.memory
+        self.device.map_or(Memory::Host, |device| device.memory())
+    }
+
+    /// Whose memory it is, and on which queue it is worked on; `None` is the host's.
+    pub fn device(&self) -> Option<&'a dyn Device> {
+        self.device
+    }
+
+    /// Whether host kernels may touch them.
+    #[inline]
+    pub(crate) fn is_on_host(&self) -> bool {
+        self.device.is_none()
     }
 
     /// The address of the first element.

@@ -114,6 +114,9 @@ impl Buffer for Slab {
     fn numel(&self) -> usize {
         Slab::numel(self)
     }
+    fn memory(&self) -> Memory {
+        Slab::memory(self)
+    }
     fn span(&self) -> Option<Span<'_>> {
         Some(self.whole())
     }

@@ -13,7 +13,7 @@ use std::{
     sync::Arc,
 };
 
-use fabric_kernels::{Dtype, Element, Memory, Span, SpanMut};
+use fabric_kernels::{Device, Dtype, Element, KernelError, Memory, Span, SpanMut, device};
 
 /// Slabs start at a multiple of this many bytes: two cache lines, because the prefetcher fetches pairs.
 pub const SLAB_ALIGN: usize = 128;
@@ -31,6 +31,7 @@ struct Block {
     base: NonNull<u8>,
     bytes: usize,
     home: Home,
+    device: Option<Arc<dyn Device>>, // whose memory it is; none: the host's
 }
 
 enum Home {
@@ -79,6 +80,7 @@ impl Slab {
             base,
             bytes,
             home: Home::Heap(layout),
+            device: None,
         };
         Self {
             block: Arc::new(block),
@@ -86,6 +88,39 @@ impl Slab {
             dtype,
             numel,
         }
+    }
+
+    /// `numel` zeros of `dtype` in the memory of `device`, or on the heap where there is none.
+    ///
+    /// # Errors
+    /// When the device has no more.
+    pub fn zeroed_on(
+        device: Option<&Arc<dyn Device>>,
+        dtype: Dtype,
+        numel: usize,
+    ) -> Result<Self, KernelError> {
+        let Some(device) = device else {
+            return Ok(Self::zeroed(dtype, numel));
+        };
+        let bytes = numel
+            .checked_mul(dtype.size())
+            .expect("a slab of more bytes than the address space");
+        let memory: Arc<dyn device::Block> = device.allocate(bytes.max(1))?;
+        let base = std::ptr::without_provenance_mut::<u8>(memory.address());
+        let block = Block {
+            base: NonNull::new(base).expect("devices hand out no null"),
+            bytes,
+            home: Home::Guarded {
+                _guard: Box::new(memory),
+            },
+            device: Some(device.clone()),
+        };
+        Ok(Self {
+            block: Arc::new(block),
+            offset: 0,
+            dtype,
+            numel,
+        })
     }
 
     /// A copy of `values`.
@@ -115,6 +150,7 @@ impl Slab {
             base,
             bytes: numel * dtype.size(),
             home: Home::Guarded { _guard: guard },
+            device: None,
         };
         Self {
             block: Arc::new(block),
@@ -122,6 +158,16 @@ impl Slab {
             dtype,
             numel,
         }
+    }
+
+    /// Where the elements lie.
+    pub fn memory(&self) -> Memory {
+        self.device().map_or(Memory::Host, |device| device.memory())
+    }
+
+    /// Whose memory it is; `None` is the host's.
+    pub fn device(&self) -> Option<&Arc<dyn Device>> {
+        self.block.device.as_ref()
     }
 
     /// The type of one element.
@@ -213,7 +259,7 @@ impl Slab {
     /// The elements.
     ///
     /// # Panics
-    /// When `T` is not the slab's dtype.
+    /// When `T` is not the slab's dtype, or they lie on a device: copy those with [`cast`](fabric_kernels::cast()).
     pub fn as_slice<T: Element>(&self) -> &[T] {
         assert_eq!(T::DTYPE, self.dtype, "a slab of another dtype");
         bytemuck::cast_slice(self.as_bytes())
@@ -229,14 +275,22 @@ impl Slab {
     }
 
     /// The raw bytes.
+    ///
+    /// # Panics
+    /// When they lie on a device.
     pub fn as_bytes(&self) -> &[u8] {
+        self.assert_on_host();
         // SAFETY: `pointer()..+bytes()` lies inside the block (kept by the constructors and `split_at`), is initialised
         // (zeroed or guaranteed by the arena) and belongs to this slab alone: [Note: slab ownership].
         unsafe { std::slice::from_raw_parts(self.pointer(), self.bytes()) }
     }
 
     /// The raw bytes, to change.
+    ///
+    /// # Panics
+    /// When they lie on a device.
     pub fn as_bytes_mut(&mut self) -> &mut [u8] {
+        self.assert_on_host();
         // SAFETY: as in `as_bytes`, and `&mut self` makes the borrow unique.
         unsafe { std::slice::from_raw_parts_mut(self.pointer(), self.bytes()) }
     }
@@ -284,15 +338,30 @@ impl Slab {
 
     pub(super) fn whole(&self) -> Span<'_> {
         // SAFETY: validity as in `as_bytes`; alignment as in `part_mut`.
-        unsafe { Span::from_raw(self.pointer(), self.dtype, self.numel, Memory::Host) }
+        unsafe {
+            Span::from_raw(
+                self.pointer(),
+                self.dtype,
+                self.numel,
+                self.block.device.as_deref(),
+            )
+        }
     }
 
     /// # Safety
     /// `range` lies within the slab, and no other borrow of those elements lives as long as the result.
-    unsafe fn raw_mut<'a>(&self, range: Range<usize>) -> SpanMut<'a> {
+    unsafe fn raw_mut(&self, range: Range<usize>) -> SpanMut<'_> {
         let start = self.pointer().wrapping_add(range.start * self.dtype.size());
         // SAFETY: the caller promises bounds and uniqueness; alignment as in `part_mut`.
-        unsafe { SpanMut::from_raw(start, self.dtype, range.len(), Memory::Host) }
+        unsafe { SpanMut::from_raw(start, self.dtype, range.len(), self.block.device.as_deref()) }
+    }
+
+    fn assert_on_host(&self) {
+        assert!(
+            self.block.device.is_none(),
+            "a slab in {} memory is no slice of the host's: copy it with kernels::cast",
+            self.memory()
+        );
     }
 
     fn pointer(&self) -> *mut u8 {
@@ -337,7 +406,14 @@ pub fn carve<'a>(slabs: &'a mut [Slab], read: &Piece, write: &Piece) -> (Span<'a
         .wrapping_add(read.range.start * slab.dtype.size());
     // SAFETY: bounds were checked above; the piece to change does not overlap it, and `&'a mut [Slab]` keeps everybody
     // else away; slabs never share bytes: [Note: slab ownership]. Test: `carve_refuses_overlap`.
-    let span = unsafe { Span::from_raw(start, slab.dtype, read.range.len(), Memory::Host) };
+    let span = unsafe {
+        Span::from_raw(
+            start,
+            slab.dtype,
+            read.range.len(),
+            slab.block.device.as_deref(),
+        )
+    };
     // SAFETY: bounds and absence of overlap were checked above; uniqueness as for the piece to read.
     let span_mut = unsafe { slabs[write.slab].raw_mut(write.range.clone()) };
     (span, span_mut)

@@ -5,7 +5,8 @@ use std::mem::MaybeUninit;
 use std::ptr;
 
 use super::stream::{LINE_BYTES, Line};
-use crate::dtype::{Dtype, Element, Memory};
+use crate::device::Device;
+use crate::dtype::{Dtype, Element};
 use crate::span::{Span, SpanMut};
 
 impl<'a> Span<'a> {
@@ -13,16 +14,22 @@ impl<'a> Span<'a> {
     ///
     /// # Safety
     ///
-    /// For the whole of `'a`, `ptr` must be valid for reads of `len * dtype.size()` bytes, initialised, in `memory`;
+    /// For the whole of `'a`, `ptr` must be valid for reads of `len * dtype.size()` bytes, initialised, in the memory of
+    /// `device` (`None`: the host's);
     /// and while a kernel runs over the span, nobody may write them, but [`combine`](crate::combine) itself where a
     /// target lies exactly over this source. Between kernels others may.
-    pub unsafe fn from_raw(ptr: *const u8, dtype: Dtype, len: usize, memory: Memory) -> Span<'a> {
+    pub unsafe fn from_raw(
+        ptr: *const u8,
+        dtype: Dtype,
+        len: usize,
+        device: Option<&'a dyn Device>,
+    ) -> Span<'a> {
         assert_aligned(ptr, dtype);
         Span {
             ptr,
             dtype,
             len,
-            memory,
+            device,
             lifetime: PhantomData,
         }
     }
@@ -34,16 +41,21 @@ impl<'a> SpanMut<'a> {
     /// # Safety
     ///
     /// For the whole of `'a`, `ptr` must be valid for reads and writes of `len * dtype.size()` bytes, initialised, in
-    /// `memory`; no other span of this process may lie over them, but a source of [`combine`](crate::combine) that
+    /// the memory of `device` (`None`: the host's); no other span of this process may lie over them, but a source of [`combine`](crate::combine) that
     /// starts and ends where this span does; and while a kernel runs over the span, nobody else may read or write them.
     /// Between kernels others may.
-    pub unsafe fn from_raw(ptr: *mut u8, dtype: Dtype, len: usize, memory: Memory) -> SpanMut<'a> {
+    pub unsafe fn from_raw(
+        ptr: *mut u8,
+        dtype: Dtype,
+        len: usize,
+        device: Option<&'a dyn Device>,
+    ) -> SpanMut<'a> {
         assert_aligned(ptr, dtype);
         SpanMut {
             ptr,
             dtype,
             len,
-            memory,
+            device,
             lifetime: PhantomData,
         }
     }
@@ -69,7 +81,7 @@ fn assert_aligned(ptr: *const u8, dtype: Dtype) {
 pub(crate) fn copy(from: Span<'_>, into: SpanMut<'_>) {
     assert_eq!(from.dtype, into.dtype);
     assert_eq!(from.len, into.len);
-    assert_eq!((from.memory, into.memory), (Memory::Host, Memory::Host));
+    assert!(from.is_on_host() && into.is_on_host());
     // SAFETY: both are valid for `from.bytes()` bytes: who made the spans promised it, and the lengths were compared
     // above. `ptr::copy` allows overlap. `every_dtype_copies_exactly_its_elements` sees a byte too many or too few.
     unsafe { ptr::copy(from.ptr, into.ptr, from.bytes()) }
@@ -87,7 +99,7 @@ impl<'a, T: Element> Reader<'a, T> {
     #[inline(always)]
     pub(super) fn of(span: Span<'a>) -> Self {
         assert_eq!(span.dtype, T::DTYPE);
-        assert_eq!(span.memory, Memory::Host);
+        assert!(span.is_on_host());
         Reader {
             ptr: span.ptr.cast(),
             len: span.len,
@@ -99,7 +111,7 @@ impl<'a, T: Element> Reader<'a, T> {
     #[inline(always)]
     pub(super) fn bits_of(span: Span<'a>) -> Self {
         assert_eq!(span.dtype.size(), T::DTYPE.size());
-        assert_eq!(span.memory, Memory::Host);
+        assert!(span.is_on_host());
         Reader {
             ptr: span.ptr.cast(),
             len: span.len,
@@ -139,7 +151,7 @@ pub(super) struct Writer<'a, T> {
 impl<'a, T: Element> Writer<'a, T> {
     pub(super) fn of(span: SpanMut<'a>) -> Self {
         assert_eq!(span.dtype, T::DTYPE);
-        assert_eq!(span.memory, Memory::Host);
+        assert!(span.is_on_host());
         Writer {
             ptr: span.ptr.cast(),
             len: span.len,
@@ -199,7 +211,7 @@ impl<'t, 'a, T: Element> Writers<'t, 'a, T> {
         let len = spans[0].len;
         for span in &*spans {
             assert_eq!(span.dtype.size(), T::DTYPE.size());
-            assert_eq!((span.memory, span.len), (Memory::Host, len));
+            assert!(span.is_on_host() && span.len == len);
         }
         Writers {
             spans,
@@ -280,7 +292,7 @@ impl<'t, 'a, T: Element> Writers<'t, 'a, T> {
 pub(crate) fn away(dtype: Dtype) -> Span<'static> {
     // SAFETY: no elements, so nothing is promised about the address. A kernel that read it would fault in the test
     // `device_memory_is_refused_on_the_host`.
-    unsafe { Span::from_raw(ptr::null(), dtype, 0, Memory::Cuda(1)) }
+    unsafe { Span::from_raw(ptr::null(), dtype, 0, Some(&crate::tests::Elsewhere)) }
 }
 
 /// The elements of a target, as a source that lies exactly there.
@@ -288,7 +300,7 @@ pub(crate) fn away(dtype: Dtype) -> Span<'static> {
 pub(crate) fn twin<'a>(target: &SpanMut<'a>) -> Span<'a> {
     // SAFETY: the target vouches for the memory as long as it lives, and only tests of `combine` in place come here,
     // which allows a source where a target is. Miri would tell.
-    unsafe { Span::from_raw(target.ptr, target.dtype, target.len, target.memory) }
+    unsafe { Span::from_raw(target.ptr, target.dtype, target.len, target.device) }
 }
 
 #[cfg(test)]
@@ -300,10 +312,10 @@ mod tests {
         let data = [1.0f32, 2.0, 3.0];
         let mut into = [0.0f32; 3];
         // SAFETY: `data` is three initialised f32, outlives the span, and is not written. Miri would tell.
-        let from = unsafe { Span::from_raw(data.as_ptr().cast(), Dtype::F32, 3, Memory::Host) };
+        let from = unsafe { Span::from_raw(data.as_ptr().cast(), Dtype::F32, 3, None) };
         let ptr = into.as_mut_ptr().cast();
         // SAFETY: `into` is three initialised f32, outlives the span, and is not looked at meanwhile. Miri would tell.
-        let target = unsafe { SpanMut::from_raw(ptr, Dtype::F32, 3, Memory::Host) };
+        let target = unsafe { SpanMut::from_raw(ptr, Dtype::F32, 3, None) };
         crate::cast(from, target).unwrap();
         assert_eq!(into, data);
     }
@@ -313,6 +325,6 @@ mod tests {
     fn a_crooked_address_panics() {
         let crooked = ptr::without_provenance(6);
         // SAFETY: no elements, so nothing is promised about the address; the call panics, or the test fails.
-        let _ = unsafe { Span::from_raw(crooked, Dtype::F32, 0, Memory::Host) };
+        let _ = unsafe { Span::from_raw(crooked, Dtype::F32, 0, None) };
     }
 }

@@ -3,7 +3,7 @@
 
 use std::mem::MaybeUninit;
 
-use crate::dtype::{Dtype, Memory};
+use crate::dtype::Dtype;
 use crate::span::{Span, SpanMut};
 
 /// Bytes of a level: a few of them, and as much of each source, stay in the nearest cache.
@@ -40,7 +40,7 @@ impl Scratch {
         // SAFETY: the level is open, so its first `bytes` bytes are initialised, and they are enough, asserted above;
         // the borrow of self keeps them in place and unwritten. A 64-byte boundary suits every dtype. Miri would see a
         // breach in `combine`'s example.
-        unsafe { Span::from_raw(start, dtype, len, Memory::Host) }
+        unsafe { Span::from_raw(start, dtype, len, None) }
     }
 
     /// `len` elements of a level, which is opened with those below it.
@@ -49,7 +49,7 @@ impl Scratch {
         assert!(len * dtype.size() <= self.bytes);
         let start = self.levels[level].as_mut_ptr().cast();
         // SAFETY: as in `span`, of an exclusive borrow.
-        unsafe { SpanMut::from_raw(start, dtype, len, Memory::Host) }
+        unsafe { SpanMut::from_raw(start, dtype, len, None) }
     }
 
     /// `len` elements of one level to read, and of another to write.
@@ -64,11 +64,9 @@ impl Scratch {
         assert!(len * source.size() <= self.bytes && len * target.size() <= self.bytes);
         let base = self.levels.as_mut_ptr();
         // SAFETY: as in `span`; `from < LEVELS`, or `open` would have panicked.
-        let read =
-            unsafe { Span::from_raw(base.wrapping_add(from).cast(), source, len, Memory::Host) };
+        let read = unsafe { Span::from_raw(base.wrapping_add(from).cast(), source, len, None) };
         // SAFETY: as in `span`, of an exclusive borrow, and `into` is another level than `from`.
-        let write =
-            unsafe { SpanMut::from_raw(base.wrapping_add(into).cast(), target, len, Memory::Host) };
+        let write = unsafe { SpanMut::from_raw(base.wrapping_add(into).cast(), target, len, None) };
         (read, write)
     }
 

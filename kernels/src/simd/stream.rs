@@ -9,7 +9,6 @@ use std::ptr;
 
 use super::{Streamer, launch_streamer};
 use crate::combine::Store;
-use crate::dtype::Memory;
 use crate::span::{Span, SpanMut};
 
 pub(super) const LINE_BYTES: usize = 64;
@@ -49,7 +48,7 @@ pub(super) fn lead(ptr: *const u8) -> usize {
 fn stream(from: Span<'_>, mut into: SpanMut<'_>) {
     assert_eq!(from.dtype(), into.dtype());
     assert_eq!(from.len(), into.len());
-    assert_eq!((from.memory(), into.memory()), (Memory::Host, Memory::Host));
+    assert!(from.is_on_host() && into.is_on_host());
     let bytes = from.bytes();
     let (source, target) = (from.as_ptr(), into.as_mut_ptr());
     let head = lead(target).min(bytes);

@@ -9,8 +9,12 @@ mod refusals;
 mod specials;
 mod steps;
 
-use crate::dtype::Element;
+use std::sync::Arc;
+
+use crate::device::{Block, Device, Moment, Squares, Task};
+use crate::dtype::{Element, Memory};
 use crate::scalar::{Float, Integer};
+use crate::{KernelError, Span};
 
 /// Elements in every buffer of the equality tests: the longest span, the largest offset, and a guard on either side.
 const ROOM: usize = 257 + 7 + 2;
@@ -19,6 +23,51 @@ const ROOM: usize = 257 + 7 + 2;
 /// offset that goes its own way.
 fn shapes() -> impl Iterator<Item = (usize, usize, usize)> {
     (0..=257).flat_map(|len| (0..8).map(move |offset| (len, offset, (offset * 3 + len) % 8)))
+}
+
+/// A device that refuses everything.
+#[derive(Debug)]
+pub(crate) struct Elsewhere;
+
+impl Elsewhere {
+    fn refuse<T>(&self, op: &'static str) -> Result<T, KernelError> {
+        let memory = Device::memory(self);
+        Err(KernelError::Device { op, memory })
+    }
+}
+
+impl Device for Elsewhere {
+    fn memory(&self) -> Memory {
+        Memory::Cuda(1)
+    }
+    fn share(&self) -> Arc<dyn Device> {
+        Arc::new(Elsewhere)
+    }
+    fn allocate(&self, _: usize) -> Result<Arc<dyn Block>, KernelError> {
+        self.refuse("allocate")
+    }
+    fn run(&self, task: Task<'_>) -> Result<(), KernelError> {
+        self.refuse(task.name())
+    }
+    fn squares(&self, _: &[Span<'_>]) -> Result<Squares, KernelError> {
+        self.refuse("add squares")
+    }
+    fn keep(&self, _: Box<dyn std::any::Any + Send>) {}
+    fn flush(&self) -> Result<(), KernelError> {
+        Ok(())
+    }
+    fn moment(&self) -> Result<Arc<dyn Moment>, KernelError> {
+        self.refuse("moment")
+    }
+    fn wait_for(&self, _: &dyn Moment) -> Result<(), KernelError> {
+        self.refuse("wait for")
+    }
+    fn settle(&self) -> Result<(), KernelError> {
+        Ok(())
+    }
+    fn as_any(&self) -> &dyn std::any::Any {
+        self
+    }
 }
 
 /// A sequence that is the same every time: splitmix64.

@@ -8,7 +8,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use fabric_kernels::{Dtype, Memory, Span, SpanMut};
+use fabric_kernels::{Dtype, Span, SpanMut};
 use memmap2::{MmapOptions, MmapRaw};
 use rustix::{
     fs::{
@@ -129,7 +129,7 @@ impl Mapping {
         // SAFETY: inside the mapping and aligned, by `start`; mapped for as long as `self`; initialised, as a memfd is
         // zero at first. Nobody writes it while a kernel runs: [Note: whose memory]; a breach would show in the parity
         // tests of `comm::host`.
-        unsafe { Span::from_raw(start, dtype, numel, Memory::Host) }
+        unsafe { Span::from_raw(start, dtype, numel, None) }
     }
 
     /// Copy `bytes` to where this arena's rank posts with `step`, `skip` bytes from the start of it.
@@ -157,7 +157,7 @@ impl Mapping {
         // SAFETY: bounds, alignment and lifetime as in `span`. Nobody else touches it while a kernel runs, and this
         // thread makes no other span over it: [Note: whose memory], and the executor goes through scratch memory
         // wherever source and target may be the same; a breach would show in the parity tests of `comm::host`.
-        unsafe { SpanMut::from_raw(start, dtype, numel, Memory::Host) }
+        unsafe { SpanMut::from_raw(start, dtype, numel, None) }
     }
 
     fn start(&self, at: u64, dtype: Dtype, numel: usize) -> *mut u8 {
