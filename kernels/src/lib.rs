@@ -34,6 +34,9 @@ mod dispatch;
 
 mod cast;
 mod combine;
+#[cfg(feature = "cuda")]
+#[allow(unsafe_code)]
+pub mod cuda;
 pub mod device;
 mod dtype;
 mod error;

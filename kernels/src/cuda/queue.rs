@@ -1,0 +1,273 @@
+//! A queue: one stream of one device.
+
+use std::any::Any;
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+
+use cudarc::driver::{CudaContext, CudaStream, result, sys};
+
+use super::driver::{ready, refused};
+use super::functions::Functions;
+use super::memory::{Piece, Recorded};
+use super::pending::Pending;
+use crate::device::{self, Block, Device, Moment, Squares, Task};
+use crate::dtype::Memory;
+use crate::error::KernelError;
+use crate::span::Span;
+
+/// A stream of an NVIDIA device, and the memory that is allocated and freed in its order.
+///
+/// A tensor library's own stream becomes a queue by [`Queue::over`], so that Fabric's work is in order with the library's.
+pub struct Queue {
+    me: Weak<Queue>,
+    ordinal: u32,
+    stream: Arc<CudaStream>,
+    functions: Arc<Functions>,
+    pending: Mutex<Pending>,
+    failed: Mutex<Option<KernelError>>, // what went wrong where nobody could be told
+}
+
+/// The queues there are, by context and stream: one stream has one queue, or what two put off would be out of order.
+type Known = HashMap<(usize, usize), Weak<Queue>>;
+
+fn known() -> MutexGuard<'static, Known> {
+    static KNOWN: OnceLock<Mutex<Known>> = OnceLock::new();
+    let known = KNOWN.get_or_init(Mutex::default).lock();
+    known.unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Queue {
+    /// A new stream of the device with this ordinal.
+    ///
+    /// # Errors
+    /// When there is no driver, no such device, or it is too old for the kernels.
+    pub fn open(ordinal: u32) -> Result<Arc<Self>, KernelError> {
+        ready().map_err(|what| KernelError::Driver {
+            memory: Memory::Cuda(ordinal),
+            doing: "open the device".into(),
+            what,
+        })?;
+        let context = CudaContext::new(ordinal as usize);
+        let context = context.map_err(refused(ordinal, "open the device"))?;
+        Self::new_stream(ordinal, &context)
+    }
+
+    /// Another stream of the same device.
+    ///
+    /// # Errors
+    /// The driver's refusal.
+    pub fn fork(&self) -> Result<Arc<Self>, KernelError> {
+        // A context of its own: cudarc keeps a library's slices in order by events once there are two streams in one, and the
+        // library has not asked for a second.
+        let context = CudaContext::new(self.ordinal as usize);
+        let context = context.map_err(refused(self.ordinal, "open another stream"))?;
+        Self::new_stream(self.ordinal, &context)
+    }
+
+    fn new_stream(ordinal: u32, context: &Arc<CudaContext>) -> Result<Arc<Self>, KernelError> {
+        let stream = context.new_stream();
+        Self::over(stream.map_err(refused(ordinal, "open a stream"))?)
+    }
+
+    /// The queue over a stream that somebody else has made, and works on too: this one's work is in order with theirs.
+    ///
+    /// # Errors
+    /// When the device is too old for the kernels, or the driver refuses.
+    pub fn over(stream: Arc<CudaStream>) -> Result<Arc<Self>, KernelError> {
+        let context = stream.context();
+        let key = (context.cu_ctx().addr(), stream.cu_stream().addr());
+        let mut known = known();
+        if let Some(queue) = known.get(&key).and_then(Weak::upgrade) {
+            return Ok(queue);
+        }
+        known.retain(|_, queue| queue.strong_count() > 0);
+        let ordinal = context.ordinal() as u32;
+        let bound = context.bind_to_thread();
+        bound.map_err(refused(ordinal, "use the device"))?;
+        keep_freed(context).map_err(refused(ordinal, "set up the device's memory pool"))?;
+        let functions = Functions::of(context)?;
+        let queue = Arc::new_cyclic(|me| Self {
+            me: me.clone(),
+            ordinal,
+            stream,
+            functions,
+            pending: Mutex::default(),
+            failed: Mutex::default(),
+        });
+        known.insert(key, Arc::downgrade(&queue));
+        Ok(queue)
+    }
+
+    /// The device's number among those that this process sees.
+    pub fn ordinal(&self) -> u32 {
+        self.ordinal
+    }
+
+    /// The stream, for those who bring work of their own.
+    pub fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
+    /// The stream as other libraries take it (`cudaStream_t`).
+    pub fn raw_stream(&self) -> *mut c_void {
+        self.stream.cu_stream().cast()
+    }
+
+    /// Make the device the calling thread's: other libraries ask for it.
+    ///
+    /// # Errors
+    /// The driver's refusal, or an error that is still to be told.
+    pub fn bind(&self) -> Result<(), KernelError> {
+        let bound = self.context().bind_to_thread();
+        bound.map_err(refused(self.ordinal, "use the device"))
+    }
+
+    pub(super) fn raw(&self) -> sys::CUstream {
+        self.stream.cu_stream()
+    }
+
+    pub(super) fn context(&self) -> &Arc<CudaContext> {
+        self.stream.context()
+    }
+
+    pub(super) fn functions(&self) -> &Functions {
+        &self.functions
+    }
+
+    pub(super) fn handle(&self) -> Arc<Queue> {
+        self.me.upgrade().expect("it is being used, so it lives")
+    }
+
+    pub(super) fn pending(&self) -> MutexGuard<'_, Pending> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keep an error that nobody can be told at present: the next call returns it.
+    pub(super) fn remember(&self, error: KernelError) {
+        let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        failed.get_or_insert(error);
+    }
+
+    fn tell(&self) -> Result<(), KernelError> {
+        let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        failed.take().map_or(Ok(()), Err)
+    }
+
+    /// Bind, and say what is still to be told: the begin of every call.
+    pub(super) fn begin(&self) -> Result<(), KernelError> {
+        self.tell()?;
+        self.bind()
+    }
+
+    /// Give the driver what was put off. The memory that was kept for it is let go afterwards.
+    pub(super) fn launch_pending(&self) -> Result<(), KernelError> {
+        let pending = std::mem::take(&mut *self.pending());
+        pending.launch(self)
+    }
+
+    /// "; 3 of 80 GiB are free", where the driver says so.
+    pub(super) fn free_text(&self) -> String {
+        match self.context().mem_get_info() {
+            Ok((free, total)) => format!(" ({free} of {total} are free)"),
+            Err(_) => String::new(),
+        }
+    }
+}
+
+/// Let the driver's pool keep what is freed, for the next allocation, rather than give it back at every synchronisation.
+fn keep_freed(context: &CudaContext) -> Result<(), result::DriverError> {
+    if !context.has_async_alloc() {
+        return Ok(());
+    }
+    // SAFETY: the device is that of a living context. Test: `tests/gpu`, memory.
+    let pool = unsafe { result::device::get_mem_pool(context.cu_device()) }?;
+    let mut threshold = u64::MAX;
+    let name = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+    // SAFETY: the attribute is a 64-bit number, which is read during the call. As above.
+    unsafe { result::mem_pool::set_attribute(pool, name, (&raw mut threshold).cast()) }
+}
+
+impl Device for Queue {
+    fn memory(&self) -> Memory {
+        Memory::Cuda(self.ordinal)
+    }
+
+    fn share(&self) -> Arc<dyn Device> {
+        self.handle()
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Arc<dyn Block>, KernelError> {
+        self.begin()?;
+        Ok(Arc::new(Piece::zeroed(self.handle(), bytes.max(1))?))
+    }
+
+    fn run(&self, task: Task<'_>) -> Result<(), KernelError> {
+        self.begin()?;
+        self.enter(task)?;
+        match device::may_put_off(self) {
+            true => Ok(()),
+            false => self.launch_pending(),
+        }
+    }
+
+    fn squares(&self, spans: &[Span<'_>]) -> Result<Squares, KernelError> {
+        self.begin()?;
+        self.launch_pending()?;
+        self.sum_squares(spans)
+    }
+
+    fn keep(&self, hold: Box<dyn Any + Send>) {
+        self.pending().hold(hold);
+    }
+
+    fn flush(&self) -> Result<(), KernelError> {
+        self.begin()?;
+        self.launch_pending()
+    }
+
+    fn moment(&self) -> Result<Arc<dyn Moment>, KernelError> {
+        self.begin()?;
+        self.launch_pending()?;
+        let event = self.stream.record_event(None);
+        let event = event.map_err(refused(self.ordinal, "record an event"))?;
+        let ordinal = self.ordinal;
+        Ok(Arc::new(Recorded { ordinal, event }))
+    }
+
+    fn wait_for(&self, moment: &dyn Moment) -> Result<(), KernelError> {
+        self.begin()?;
+        self.launch_pending()?;
+        let Some(recorded) = moment.as_any().downcast_ref::<Recorded>() else {
+            return Err(KernelError::Driver {
+                memory: Memory::Cuda(self.ordinal),
+                doing: "wait for a moment".into(),
+                what: "it is not of a CUDA device; wait for it on the host (Moment::block)".into(),
+            });
+        };
+        // Not `CudaStream::wait`, which wants the event to be of one and the same context object.
+        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        // SAFETY: stream and event live during the call; the driver keeps what it needs of the event. Test: `tests/gpu`, queues.
+        let waits =
+            unsafe { result::stream::wait_event(self.raw(), recorded.event.cu_event(), flags) };
+        waits.map_err(refused(self.ordinal, "wait for an event"))
+    }
+
+    fn settle(&self) -> Result<(), KernelError> {
+        self.begin()?;
+        self.launch_pending()?;
+        let settled = self.stream.synchronize();
+        settled.map_err(refused(self.ordinal, "wait for the device"))
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+impl fmt::Debug for Queue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Queue(cuda:{}, {:?})", self.ordinal, self.raw_stream())
+    }
+}
