@@ -226,6 +226,13 @@ impl Error {
     }
 }
 
+/// A device's refusal at a place that knows no more of it than its own words.
+impl From<KernelError> for Error {
+    fn from(source: KernelError) -> Self {
+        Self::library("work over memory", source)
+    }
+}
+
 /// "rank 3", "ranks 1, 4".
 pub(crate) fn ranks(ranks: &[usize]) -> String {
     let list = ranks

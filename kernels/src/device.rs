@@ -194,7 +194,8 @@ thread_local! {
 
 /// Let devices put off what `work` gives them from this thread, and do it together when `work` is over: many small
 /// pieces of one kind are one launch. Nothing for memory of the host. What `work` touches must stay where it is until then:
-/// parameters, say, but not a temporary of a library that frees behind the device's back (see [`put_off`]).
+/// parameters, say, but not a temporary of a library that frees behind the device's back (see [`put_off`]). Pieces of work
+/// that depend on one another are done in their order on one queue; on several queues they must not.
 ///
 /// # Errors
 /// Those of `work`; then those of what was put off.
@@ -206,8 +207,7 @@ pub fn batch<T, E: From<KernelError>>(work: impl FnOnce() -> Result<T, E>) -> Re
     if DEPTH.get() > 0 {
         return result;
     }
-    let waiting = WAITING.take();
-    let flushed = waiting.iter().try_for_each(|device| device.flush());
+    let flushed = flush_waiting();
     let result = result?;
     flushed?;
     Ok(result)
@@ -228,10 +228,19 @@ pub fn put_off<T, E>(
         work()
     };
     device.keep(hold);
-    if DEPTH.get() == 0 {
-        WAITING.take();
-    }
     result
+}
+
+/// Flush all devices that this thread has given work to put off: before work that is done at once, which comes after it.
+///
+/// # Errors
+/// The drivers' refusals.
+pub fn flush_waiting() -> Result<(), KernelError> {
+    if WAITING.with_borrow(Vec::is_empty) {
+        return Ok(());
+    }
+    let waiting = WAITING.take();
+    waiting.iter().try_for_each(|device| device.flush())
 }
 
 /// Whether work may be put off at present; then `device` is told to flush at the end of the batch.

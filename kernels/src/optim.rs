@@ -117,8 +117,8 @@ impl Rule {
 /// `copy` becomes the new parameter, cast to any float: what a [`cast`](crate::cast()) afterwards would write, without
 /// reading the parameter from memory again.
 ///
-/// Where the parameter lies on a device, so do its states and its copy, and it is updated there. A gradient that lies
-/// elsewhere is fetched first.
+/// Where the parameter lies on a device, so do its states, and it is updated there. A gradient that lies elsewhere is
+/// fetched first, a copy that lies elsewhere is written afterwards.
 ///
 /// ```
 /// use fabric_kernels::{Lion, Rule, Span, SpanMut, update};
@@ -146,8 +146,9 @@ pub fn update(
     param: SpanMut<'_>,
     grad: Span<'_>,
     states: &mut [SpanMut<'_>],
-    copy: Option<SpanMut<'_>>,
+    mut copy: Option<SpanMut<'_>>,
 ) -> Result<(), KernelError> {
+    let number = step;
     let step = Step {
         rule,
         number: step,
@@ -155,16 +156,40 @@ pub fn update(
     };
     check(&step, &param, &grad, states, copy.as_ref())?;
     if let Some(device) = param.device() {
+        // A copy of another place is a copy afterwards.
+        let (copy, elsewhere) = match copy {
+            Some(copy) if copy.memory() != param.memory() => (None, Some(copy)),
+            copy => (copy, None),
+        };
+        let mut param = param;
         let mut states = states.iter_mut().map(SpanMut::reborrow);
-        return device.run(Task::Update {
+        return device
+            .run(Task::Update {
+                rule,
+                step: step.number,
+                grad_scale,
+                param: param.reborrow(),
+                grad,
+                states: [states.next(), states.next()],
+                copy,
+            })
+            .and_then(|()| match elsewhere {
+                Some(copy) => cast(param.as_span(), copy),
+                None => Ok(()),
+            });
+    }
+    if let Some(mut copy) = copy.take_if(|copy| copy.device().is_some()) {
+        let mut param = param;
+        update(
             rule,
-            step: step.number,
+            number,
             grad_scale,
-            param,
+            param.reborrow(),
             grad,
-            states: [states.next(), states.next()],
-            copy,
-        });
+            states,
+            None,
+        )?;
+        return cast(param.as_span(), copy.reborrow());
     }
     if grad.device().is_some() {
         return match param.dtype().accumulator() {
@@ -227,7 +252,6 @@ fn check(
     let op = step.rule.name();
     same_length(op, param.len(), grad.len())?;
     if let Some(copy) = copy {
-        beside(op, param, copy.device())?;
         same_length(op, copy.len(), param.len())?;
     }
     if step.number == 0 {

@@ -3,7 +3,7 @@
 
 mod slab;
 
-use std::ops::Range;
+use std::{any::Any, ops::Range};
 
 use fabric_kernels::{self as kernels, Dtype, Element, Memory, Span, SpanMut};
 
@@ -21,7 +21,7 @@ pub trait Buffer {
 
     /// Where the elements are.
     fn memory(&self) -> Memory {
-        Memory::Host
+        self.span().map_or(Memory::Host, |span| span.memory())
     }
 
     /// Copy elements `range` to `into` (same length), casting on the way.
@@ -44,6 +44,12 @@ pub trait Buffer {
         within(&range, span.len())?;
         kernels::cast(from, span.slice(range))
             .map_err(|error| Error::library("write a buffer", error))
+    }
+
+    /// What keeps the memory of [`Buffer::span`], unchanged, beyond this borrow, where the library shares it: work of a
+    /// device over it may then be put off.
+    fn hold(&self) -> Option<Box<dyn Any + Send>> {
+        None
     }
 
     /// The elements themselves, when they lie in one contiguous piece.

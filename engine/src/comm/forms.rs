@@ -1,6 +1,6 @@
 //! The convenient forms of the collectives, written once, over any communicator and any buffer.
 
-use fabric_kernels::Dtype;
+use fabric_kernels::{Dtype, Memory};
 
 use super::{Call, Communicator, Data, Label, Op, Rank, ReduceOp};
 use crate::{
@@ -125,13 +125,13 @@ impl<C: Communicator + ?Sized> Collectives for C {
 
     fn all_gather(&mut self, buffer: &dyn Buffer) -> Result<Slab> {
         let from = load(self, buffer)?;
-        let into = self.alloc(from.dtype(), from.numel() * self.size())?;
+        let into = like(self, buffer, from.numel() * self.size())?;
         now(self, Op::AllGather, Label::User, Data::Out { from, into })
     }
 
     fn reduce_scatter(&mut self, buffer: &dyn Buffer, op: ReduceOp) -> Result<Slab> {
         let from = load(self, buffer)?;
-        let into = self.alloc(from.dtype(), from.numel() / self.size())?;
+        let into = like(self, buffer, from.numel() / self.size())?;
         now(
             self,
             Op::ReduceScatter(op),
@@ -144,7 +144,7 @@ impl<C: Communicator + ?Sized> Collectives for C {
         let slab = if self.rank() == root {
             load(self, buffer)?
         } else {
-            self.alloc(buffer.dtype(), buffer.numel())?
+            like(self, buffer, buffer.numel())?
         };
         let slab = now(
             self,
@@ -177,7 +177,7 @@ impl<C: Communicator + ?Sized> Collectives for C {
         } else {
             0
         };
-        let into = self.alloc(from.dtype(), numel)?;
+        let into = like(self, buffer, numel)?;
         let data = Data::Out { from, into };
         let slab = now(self, Op::Gather { root }, Label::User, data)?;
         Ok(Some(slab).filter(|_| is_root))
@@ -197,9 +197,9 @@ impl<C: Communicator + ?Sized> Collectives for C {
                     "Pass Some(buffer) on the root",
                 ));
             }
-            _ => self.alloc(into.dtype(), 0)?,
+            _ => like(self, into, 0)?,
         };
-        let target = self.alloc(into.dtype(), into.numel())?;
+        let target = like(self, into, into.numel())?;
         let data = Data::Out { from, into: target };
         let slab = now(self, Op::Scatter { root }, Label::User, data)?;
         into.write(0..slab.numel(), slab.part(0..slab.numel()))
@@ -207,7 +207,7 @@ impl<C: Communicator + ?Sized> Collectives for C {
 
     fn all_to_all(&mut self, buffer: &dyn Buffer) -> Result<Slab> {
         let from = load(self, buffer)?;
-        let into = self.alloc(from.dtype(), from.numel())?;
+        let into = like(self, buffer, from.numel())?;
         now(self, Op::AllToAll, Label::User, Data::Out { from, into })
     }
 
@@ -230,7 +230,7 @@ impl<C: Communicator + ?Sized> Collectives for C {
         let matrix = tell(self, counts)?;
         let taken: Vec<usize> = matrix.iter().skip(rank).step_by(size).copied().collect();
         let from = load(self, buffer)?;
-        let into = self.alloc(from.dtype(), taken.iter().sum())?;
+        let into = like(self, buffer, taken.iter().sum())?;
         let call = Call::new(Op::AllToAll).counts(matrix).blocking();
         let data = self.submit(call, Data::Out { from, into })?.wait()?;
         Ok((data.into_output(), taken))
@@ -239,7 +239,7 @@ impl<C: Communicator + ?Sized> Collectives for C {
     fn all_gather_v(&mut self, buffer: &dyn Buffer) -> Result<(Slab, Vec<usize>)> {
         let counts = tell(self, &[buffer.numel()])?;
         let from = load(self, buffer)?;
-        let into = self.alloc(from.dtype(), counts.iter().sum())?;
+        let into = like(self, buffer, counts.iter().sum())?;
         let call = Call::new(Op::AllGather).counts(&counts[..]).blocking();
         let data = self.submit(call, Data::Out { from, into })?.wait()?;
         Ok((data.into_output(), counts))
@@ -269,7 +269,7 @@ impl<C: Communicator + ?Sized> Collectives for C {
     }
 
     fn recv(&mut self, buffer: &mut dyn Buffer, from: Rank) -> Result<()> {
-        let slab = self.alloc(buffer.dtype(), buffer.numel())?;
+        let slab = like(self, buffer, buffer.numel())?;
         let slab = now(self, Op::Recv { from }, Label::User, Data::InPlace(slab))?;
         buffer.write(0..slab.numel(), slab.part(0..slab.numel()))
     }
@@ -287,7 +287,7 @@ impl<C: Communicator + ?Sized> Collectives for C {
             Data::InPlace(length),
         )?;
         let length = usize_of(length.as_slice::<u64>()[0])?;
-        let mut slab = self.alloc(Dtype::U8, length)?;
+        let mut slab = self.alloc_host(Dtype::U8, length)?;
         if self.rank() == root {
             slab.as_bytes_mut().copy_from_slice(bytes);
         }
@@ -302,9 +302,9 @@ impl<C: Communicator + ?Sized> Collectives for C {
 
     fn all_gather_bytes(&mut self, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
         let lengths = tell(self, &[bytes.len()])?;
-        let mut from = self.alloc(Dtype::U8, bytes.len())?;
+        let mut from = self.alloc_host(Dtype::U8, bytes.len())?;
         from.as_bytes_mut().copy_from_slice(bytes);
-        let into = self.alloc(Dtype::U8, lengths.iter().sum())?;
+        let into = self.alloc_host(Dtype::U8, lengths.iter().sum())?;
         let call = Call::new(Op::AllGather).label(Label::Facade(3));
         let call = call.counts(&lengths[..]).blocking();
         let all = self
@@ -330,7 +330,7 @@ impl<C: Communicator + ?Sized> Collectives for C {
 /// Everybody's numbers, by rank; all give as many.
 fn tell<C: Communicator + ?Sized>(comm: &mut C, numbers: &[usize]) -> Result<Vec<usize>> {
     let numbers: Vec<u64> = numbers.iter().map(|number| *number as u64).collect();
-    let into = comm.alloc(Dtype::U64, numbers.len() * comm.size())?;
+    let into = comm.alloc_host(Dtype::U64, numbers.len() * comm.size())?;
     let from = Slab::from_slice(&numbers);
     let all = now(
         comm,
@@ -342,9 +342,17 @@ fn tell<C: Communicator + ?Sized>(comm: &mut C, numbers: &[usize]) -> Result<Vec
 }
 
 fn load<C: Communicator + ?Sized>(comm: &C, buffer: &dyn Buffer) -> Result<Slab> {
-    let mut slab = comm.alloc(buffer.dtype(), buffer.numel())?;
+    let mut slab = like(comm, buffer, buffer.numel())?;
     buffer.read(0..buffer.numel(), slab.part_mut(0..buffer.numel()))?;
     Ok(slab)
+}
+
+/// Memory for a result of `buffer`: of the device where the buffer is on one, else of the host.
+fn like<C: Communicator + ?Sized>(comm: &C, buffer: &dyn Buffer, numel: usize) -> Result<Slab> {
+    match buffer.memory() {
+        Memory::Host => comm.alloc_host(buffer.dtype(), numel),
+        Memory::Cuda(_) => comm.alloc(buffer.dtype(), numel),
+    }
 }
 
 fn now<C: Communicator + ?Sized>(comm: &mut C, op: Op, label: Label, data: Data) -> Result<Slab> {

@@ -9,7 +9,9 @@ pub mod solo;
 pub mod trace;
 mod work;
 
-use fabric_kernels::Dtype;
+use std::sync::Arc;
+
+use fabric_kernels::{Device, Dtype};
 
 pub use call::{Call, Data, Op, ReduceOp};
 pub use forms::Collectives;
@@ -41,6 +43,19 @@ pub trait Communicator: Send {
     /// # Errors
     /// When there is no more.
     fn alloc(&self, dtype: Dtype, numel: usize) -> Result<Slab>;
+
+    /// The device in whose memory [`Communicator::alloc`] allocates; `None` is the host.
+    fn device(&self) -> Option<Arc<dyn Device>> {
+        None
+    }
+
+    /// Zeroed memory of the host that this communicator reaches without a copy, also where it has a device.
+    ///
+    /// # Errors
+    /// When there is no more.
+    fn alloc_host(&self, dtype: Dtype, numel: usize) -> Result<Slab> {
+        self.alloc(dtype, numel)
+    }
 
     /// Start `call` on `data`.
     ///

@@ -1,6 +1,8 @@
 //! A world of one: every collective is the identity or one multiplication, done at once on the caller's thread.
 
-use fabric_kernels::{self as kernels, Dtype};
+use std::sync::Arc;
+
+use fabric_kernels::{self as kernels, Device, Dtype};
 
 use super::{
     Aborter, Call, Communicator, Data, Op, Rank, ReduceOp, Spent, Work,
@@ -20,12 +22,19 @@ pub struct Solo {
     trace: Trace,
     spent: Spent,
     sequence: u64,
+    device: Option<Arc<dyn Device>>,
 }
 
 impl Solo {
     /// A world of one.
     pub fn new(clock: Clock) -> Self {
+        Self::on(None, clock)
+    }
+
+    /// A world of one whose memory is the device's.
+    pub fn on(device: Option<Arc<dyn Device>>, clock: Clock) -> Self {
         Self {
+            device,
             signal: Signal::new(),
             trace: Trace::new(clock),
             spent: Spent::default(),
@@ -44,6 +53,15 @@ impl Communicator for Solo {
     }
 
     fn alloc(&self, dtype: Dtype, numel: usize) -> Result<Slab> {
+        let slab = Slab::zeroed_on(self.device.as_ref(), dtype, numel);
+        slab.map_err(Error::kernel(0, "allocate memory"))
+    }
+
+    fn device(&self) -> Option<Arc<dyn Device>> {
+        self.device.clone()
+    }
+
+    fn alloc_host(&self, dtype: Dtype, numel: usize) -> Result<Slab> {
         Ok(Slab::zeroed(dtype, numel))
     }
 
@@ -72,6 +90,7 @@ impl Communicator for Solo {
             trace: self.trace.clone(),
             spent: Spent::default(),
             sequence: 0,
+            device: self.device.clone(),
         }))
     }
 
@@ -99,11 +118,17 @@ impl Communicator for Solo {
     }
 }
 
+/// Memory for as much as `slab` holds, where it lies.
+fn beside(slab: &Slab) -> Result<Slab> {
+    let fresh = Slab::zeroed_on(slab.device(), slab.dtype(), slab.numel());
+    fresh.map_err(Error::kernel(0, "allocate memory"))
+}
+
 fn alone(call: &Call, data: Data) -> Result<Data> {
     let error = || Error::kernel(0, call.op.code().0.name());
     match (data, call.op.reduce()) {
         (Data::InPlace(slab), Some(ReduceOp::PreMulSum(factor))) => {
-            let mut into = Slab::zeroed(slab.dtype(), slab.numel());
+            let mut into = beside(&slab)?;
             let all = 0..slab.numel();
             kernels::cast_scaled(slab.part(all.clone()), into.part_mut(all), factor)
                 .map_err(error())?;
@@ -116,7 +141,7 @@ fn alone(call: &Call, data: Data) -> Result<Data> {
                     kernels::scale(slab.part_mut(all), factor).map_err(error())?;
                 } else {
                     let from = slab.part(all.clone());
-                    let mut into = Slab::zeroed(slab.dtype(), slab.numel());
+                    let mut into = beside(slab)?;
                     kernels::cast_scaled(from, into.part_mut(all), factor).map_err(error())?;
                     *slab = into;
                 }

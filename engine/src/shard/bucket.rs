@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use fabric_kernels::{self as kernels, Fold, Span, SpanMut, SquareBins};
+use fabric_kernels::{self as kernels, Fold, Span, SpanMut};
 
 use super::{
     plan::BucketPlan,
@@ -89,7 +89,12 @@ impl Bucket {
         // What was reduced lies in the whole, and is to be added to what comes: make room for it.
         let reduced = self.plan.axis.shards_update() && self.held.contains(&true);
         if reduced && self.sum.is_none() {
-            let sum = Slab::zeroed(self.plan.dtype.accumulator(), self.own.len());
+            let (Place::Here(whole, _), dtype) = (&self.whole, self.plan.dtype.accumulator())
+            else {
+                return Err(lost(rank));
+            };
+            let sum = Slab::zeroed_on(whole.device(), dtype, self.own.len());
+            let sum = sum.map_err(Error::kernel(rank, "make room for a sum"))?;
             self.sum = Some(Place::Here(sum, None));
             self.add_to_sum(rank)?;
         }
@@ -143,23 +148,12 @@ impl Bucket {
 
     /// Take a gradient in: copied on the first micro-batch, added on the next, cast on the way.
     pub(super) fn take(&mut self, rank: usize, entry: usize, grad: &dyn Buffer) -> Result<()> {
-        let range = self.plan.layout.entries()[entry].1.clone();
-        let filled = self.filled[entry];
-        let slab = self.here(rank)?;
-        if !filled {
-            grad.read(0..range.len(), slab.part_mut(range))?;
-        } else if let Some(span) = grad.span() {
-            kernels::fold(Fold::Sum, slab.part_mut(range), span)
-                .map_err(Error::kernel(rank, "add a gradient"))?;
-        } else {
-            let mut copy = Slab::zeroed(slab.dtype(), range.len());
-            grad.read(0..range.len(), copy.part_mut(0..range.len()))?;
-            kernels::fold(
-                Fold::Sum,
-                slab.part_mut(range.clone()),
-                copy.part(0..range.len()),
-            )
-            .map_err(Error::kernel(rank, "add a gradient"))?;
+        // A device packs many gradients in one launch, where the library lets go of none before.
+        match grad.span().and_then(|span| span.device()).zip(grad.hold()) {
+            Some((device, hold)) => {
+                kernels::put_off(device, hold, || self.copy_or_add(rank, entry, grad))?;
+            }
+            None => self.copy_or_add(rank, entry, grad)?,
         }
         self.arrived[entry] = true;
         self.filled[entry] = true;
@@ -168,8 +162,31 @@ impl Bucket {
         Ok(())
     }
 
+    fn copy_or_add(&mut self, rank: usize, entry: usize, grad: &dyn Buffer) -> Result<()> {
+        let range = self.plan.layout.entries()[entry].1.clone();
+        let filled = self.filled[entry];
+        let slab = self.here(rank)?;
+        if !filled {
+            return grad.read(0..range.len(), slab.part_mut(range));
+        }
+        if let Some(span) = grad.span() {
+            return kernels::fold(Fold::Sum, slab.part_mut(range), span)
+                .map_err(Error::kernel(rank, "add a gradient"));
+        }
+        let all = 0..range.len();
+        let copy = Slab::zeroed_on(slab.device(), slab.dtype(), range.len());
+        let mut copy = copy.map_err(Error::kernel(rank, "make room for a gradient"))?;
+        grad.read(all.clone(), copy.part_mut(all.clone()))?;
+        kernels::fold(Fold::Sum, slab.part_mut(range), copy.part(all))
+            .map_err(Error::kernel(rank, "add a gradient"))
+    }
+
     /// Put zeros where no gradient is: what a rank that did not use a parameter adds to the sum.
     pub(super) fn fill_gaps(&mut self, rank: usize) -> Result<()> {
+        kernels::batch(|| self.clear_gaps(rank))
+    }
+
+    fn clear_gaps(&mut self, rank: usize) -> Result<()> {
         for index in 0..self.gaps.len() {
             let gap = self.gaps[index].clone();
             let part = self.here(rank)?.part_mut(gap);
@@ -278,12 +295,9 @@ impl Bucket {
         }
     }
 
-    /// Add the squares of what this rank holds.
-    pub(super) fn add_squares(&self, rank: usize, bins: &mut SquareBins) -> Result<()> {
-        match self.reduced(0..self.own.len()) {
-            Some(span) => bins.add(span).map_err(Error::kernel(rank, "take a norm")),
-            None => Ok(()),
-        }
+    /// All reduced gradients that this rank holds.
+    pub(super) fn owned(&self) -> Option<Span<'_>> {
+        self.reduced(0..self.own.len())
     }
 
     /// The reduction is over: say whether any rank had a gradient for `entry`.

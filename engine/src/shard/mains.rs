@@ -1,9 +1,9 @@
 //! The values that are updated, where the model itself does not hold them: this rank's slice of each sharded bucket, and,
 //! where the model computes with a narrower type, the wider values beside it.
 
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 
-use fabric_kernels as kernels;
+use fabric_kernels::{self as kernels, Device, KernelError};
 
 use super::{
     Parameters,
@@ -22,16 +22,24 @@ pub struct Mains {
 }
 
 impl Mains {
-    /// Zeros for what `rank` keeps.
-    pub fn new(plan: &Plan, rank: Rank) -> Self {
+    /// Zeros for what `rank` keeps, in the memory of `device`; `None` is the host's.
+    ///
+    /// # Errors
+    /// When the device has no room for them.
+    pub fn new(plan: &Plan, rank: Rank, device: Option<&Arc<dyn Device>>) -> Result<Self> {
         let slab = |(index, bucket): (usize, &super::plan::BucketPlan)| {
-            let slab = || Slab::zeroed(bucket.main_dtype, plan.own(index, rank).len());
-            bucket.has_main().then(|| Mutex::new(slab()))
+            let numel = plan.own(index, rank).len();
+            let slab = bucket
+                .has_main()
+                .then(|| Slab::zeroed_on(device, bucket.main_dtype, numel));
+            Ok(slab.transpose()?.map(Mutex::new))
         };
-        Self {
+        let slabs = plan.buckets().iter().enumerate().map(slab);
+        let slabs = slabs.collect::<Result<_, KernelError>>();
+        Ok(Self {
             rank,
-            slabs: plan.buckets().iter().enumerate().map(slab).collect(),
-        }
+            slabs: slabs.map_err(Error::kernel(rank, "make room for the main values"))?,
+        })
     }
 
     /// The values of bucket `index`, which start at this rank's own slice; `None` where the model holds them.

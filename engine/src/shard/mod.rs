@@ -16,6 +16,8 @@ mod units;
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use fabric_kernels::Device;
+
 use crate::{
     buffer::Buffer,
     comm::{Aborter, Communicator, Rank, trace::Trace},
@@ -131,6 +133,7 @@ pub struct SharedComm {
     size: usize,
     aborter: Aborter,
     trace: Trace,
+    device: Option<Arc<dyn Device>>,
 }
 
 impl SharedComm {
@@ -138,12 +141,14 @@ impl SharedComm {
     pub fn new(comm: Box<dyn Communicator>) -> Self {
         let (rank, size) = (comm.rank(), comm.size());
         let (aborter, trace) = (comm.aborter(), comm.trace());
+        let device = comm.device();
         Self {
             comm: Arc::new(Mutex::new(comm)),
             rank,
             size,
             aborter,
             trace,
+            device,
         }
     }
 
@@ -161,6 +166,11 @@ impl SharedComm {
     /// Ranks in the group.
     pub fn size(&self) -> usize {
         self.size
+    }
+
+    /// The device in whose memory it works; `None` is the host.
+    pub fn device(&self) -> Option<&Arc<dyn Device>> {
+        self.device.as_ref()
     }
 
     /// A handle that stops everything, also while another thread waits.

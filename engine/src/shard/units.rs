@@ -13,7 +13,7 @@ use super::{
 use crate::{
     buffer::Slab,
     comm::{Data, Work},
-    error::Result,
+    error::{Error, Result},
 };
 use fabric_kernels as kernels;
 
@@ -68,10 +68,10 @@ impl Units {
             if let Some(near) = &regather {
                 for index in &buckets {
                     let bucket = &plan.buckets()[*index];
-                    kept.push(Slab::zeroed(
-                        bucket.param_dtype,
-                        bucket.padded / near.size(),
-                    ));
+                    let numel = bucket.padded / near.size();
+                    let slab = Slab::zeroed_on(near.device(), bucket.param_dtype, numel);
+                    let room = "make room for a second gather";
+                    kept.push(slab.map_err(Error::kernel(near.rank(), room))?);
                 }
             }
             units.push(Unit {
@@ -177,12 +177,16 @@ impl Units {
         let unit = &mut self.units[index];
         for (position, (bucket, work, rest)) in unit.coming.drain(..).enumerate() {
             let slab = work.wait()?.into_output();
-            for (param, range) in plan.buckets()[bucket].layout.entries() {
-                params.acquire(*param)?;
-                params.with(*param, &mut |buffer| {
-                    buffer.write(0..range.len(), slab.part(range.clone()))
-                })?;
-            }
+            // The library's forward comes next: what is put off ends here.
+            kernels::batch(|| {
+                let mut entries = plan.buckets()[bucket].layout.entries().iter();
+                entries.try_for_each(|(param, range)| {
+                    params.acquire(*param)?;
+                    params.with(*param, &mut |buffer| {
+                        buffer.write(0..range.len(), slab.part(range.clone()))
+                    })
+                })
+            })?;
             if let Some(near) = self.regather.as_ref().filter(|_| !unit.is_kept) {
                 let kept = &mut unit.kept[position];
                 let all = 0..kept.numel();

@@ -1,12 +1,12 @@
 //! The driver of elementwise optimizers: which options hold for which parameter, the states and counts of each, and one
 //! fused pass over every parameter that has a gradient.
 
-use std::fmt;
+use std::{fmt, sync::Arc};
 
 use fabric_engine::{
     Error, Result,
     buffer::Slab,
-    kernels::{Span, SpanMut},
+    kernels::{self, Device, Memory, Span, SpanMut},
 };
 
 use super::{
@@ -192,6 +192,24 @@ impl<E: Elementwise> ByElement<E> {
         Ok(())
     }
 
+    fn update_all(&mut self, model: &dyn Model, grads: &Gradients<'_>) -> Result<()> {
+        let Self {
+            rule,
+            groups,
+            slots,
+            scratch,
+        } = self;
+        for (index, slot) in slots.iter_mut().enumerate() {
+            let param = ParamId(index);
+            if let Some(grad) = grads.get(param) {
+                let rule = rule_of(rule, groups, slot.group);
+                let grad = (grad, grads.scale());
+                update(rule, model, param, grad, &mut slot.record, scratch)?;
+            }
+        }
+        Ok(())
+    }
+
     /// The names of the states of each parameter.
     fn kinds(&self, groups: &[Option<usize>]) -> Vec<&[&'static str]> {
         let groups = groups.iter();
@@ -238,21 +256,8 @@ fn check<E: Elementwise>(rule: &E) -> Result<()> {
 impl<E: Elementwise> Optimizer for ByElement<E> {
     fn step(&mut self, model: &dyn Model, grads: &Gradients<'_>) -> Result<()> {
         self.bind(model)?;
-        let Self {
-            rule,
-            groups,
-            slots,
-            scratch,
-        } = self;
-        for (index, slot) in slots.iter_mut().enumerate() {
-            let param = ParamId(index);
-            if let Some(grad) = grads.get(param) {
-                let rule = rule_of(rule, groups, slot.group);
-                let grad = (grad, grads.scale());
-                update(rule, model, param, grad, &mut slot.record, scratch)?;
-            }
-        }
-        Ok(())
+        // Nothing of a model moves in an update, so that a device may do all parameters in one launch.
+        kernels::batch(|| self.update_all(model, grads))
     }
 
     fn scales(&self) -> bool {
@@ -315,12 +320,8 @@ fn update<E: Elementwise>(
 ) -> Result<()> {
     let meta = &model.params()[param.0];
     let wanted = rule.states().len();
-    if record.states.len() != wanted {
-        let fresh = || Slab::zeroed(state_dtype(meta), meta.numel());
-        record.states = std::iter::repeat_with(fresh).take(wanted).collect();
-        record.steps = 0; // bias corrections count from where the states began
-    }
-    let step = record.steps + 1;
+    let is_fresh = record.states.len() != wanted;
+    let step = if is_fresh { 1 } else { record.steps + 1 }; // bias corrections count from where the states began
     let mut calls = 0;
     model.update(param, &mut |buffer, copy| {
         calls += 1;
@@ -328,6 +329,15 @@ fn update<E: Elementwise>(
             return Err(miscalled("more than once"));
         }
         scratch.lend(buffer, copy, |param, copy| {
+            let device = param.device().map(Device::share);
+            if is_fresh {
+                let fresh = || Slab::zeroed_on(device.as_ref(), state_dtype(meta), meta.numel());
+                let states = std::iter::repeat_with(fresh).take(wanted);
+                record.states = states.collect::<Result<_, _>>()?;
+            }
+            for state in &mut record.states {
+                bring(state, device.as_ref())?;
+            }
             let mut states = record.states.iter_mut();
             // An array, because a vector would be allocated anew for each parameter in each step.
             let mut states: [SpanMut<'_>; MOST_STATES] = std::array::from_fn(|_| {
@@ -352,6 +362,18 @@ fn update<E: Elementwise>(
         return Err(miscalled("not at all"));
     }
     record.steps = step;
+    Ok(())
+}
+
+/// Bring a state to where its parameter lies: one that was loaded lies on the host.
+fn bring(state: &mut Slab, device: Option<&Arc<dyn Device>>) -> Result<()> {
+    let there = device.map_or(Memory::Host, |device| device.memory());
+    if state.memory() != there {
+        let all = 0..state.numel();
+        let mut copy = Slab::zeroed_on(device, state.dtype(), state.numel())?;
+        kernels::cast(state.part(all.clone()), copy.part_mut(all))?;
+        *state = copy;
+    }
     Ok(())
 }
 

@@ -52,7 +52,7 @@ pub(super) fn lend<'a>(
 
 pub(super) fn copy_of(slab: &Slab) -> Slab {
     let all = 0..slab.numel();
-    let mut copy = Slab::zeroed(slab.dtype(), slab.numel());
+    let mut copy = Slab::zeroed(slab.dtype(), slab.numel()); // on the host, wherever the state lies
     kernels::cast(slab.part(all.clone()), copy.part_mut(all)).expect("a copy within one dtype");
     copy
 }

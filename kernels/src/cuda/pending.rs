@@ -15,7 +15,7 @@ use super::abi;
 use super::driver::refused;
 use super::memory::Piece;
 use super::queue::Queue;
-use crate::device::Block;
+use crate::device::{Block, Device};
 use crate::dtype::Dtype;
 use crate::error::KernelError;
 
@@ -103,9 +103,19 @@ pub(super) struct Pending {
     launches: Vec<Launch>,
     taken: BTreeMap<u64, u64>, // disjoint ranges of memory that waiting work touches: begin, end
     holds: Vec<Box<dyn Any + Send>>,
+    others: Vec<Arc<dyn Device>>, // queues whose memory waiting work touches
 }
 
 impl Pending {
+    /// Waiting work touches memory that another queue works on: it comes after what that queue was given so far, and
+    /// before what it is given later.
+    pub(super) fn beside(&mut self, other: &dyn Device) {
+        let same = |known: &Arc<dyn Device>| std::ptr::addr_eq(&raw const **known, other);
+        if !self.others.iter().any(same) {
+            self.others.push(other.share());
+        }
+    }
+
     /// Keep what keeps the memory of waiting work.
     pub(super) fn hold(&mut self, hold: Box<dyn Any + Send>) {
         self.holds.push(hold);
@@ -157,7 +167,18 @@ impl Pending {
 
     /// Give everything to the driver, then let go what was kept.
     pub(super) fn launch(self, queue: &Queue) -> Result<(), KernelError> {
-        self.launches.iter().try_for_each(|launch| launch.go(queue))
+        for other in &self.others {
+            queue.wait_for(&*other.moment()?)?;
+        }
+        self.launches
+            .iter()
+            .try_for_each(|launch| launch.go(queue))?;
+        if let Some((first, rest)) = self.others.split_first() {
+            let moment = queue.moment()?;
+            first.wait_for(&*moment)?;
+            rest.iter().try_for_each(|other| other.wait_for(&*moment))?;
+        }
+        Ok(())
     }
 }
 

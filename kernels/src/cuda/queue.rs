@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::ffi::c_void;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::thread::ThreadId;
 
 use cudarc::driver::{CudaContext, CudaStream, result, sys};
 
@@ -23,14 +24,19 @@ use crate::span::Span;
 pub struct Queue {
     me: Weak<Queue>,
     ordinal: u32,
+    thread: Option<ThreadId>, // whose own stream it is
     stream: Arc<CudaStream>,
     functions: Arc<Functions>,
     pending: Mutex<Pending>,
     failed: Mutex<Option<KernelError>>, // what went wrong where nobody could be told
 }
 
-/// The queues there are, by context and stream: one stream has one queue, or what two put off would be out of order.
-type Known = HashMap<(usize, usize), Weak<Queue>>;
+/// The queues there are, by context, stream, and thread where the stream is each thread's own: one stream has one queue, or
+/// what two put off would be out of order.
+type Known = HashMap<(usize, usize, Option<ThreadId>), Weak<Queue>>;
+
+/// The handle that means the calling thread's own stream (`cudaStreamPerThread`).
+const PER_THREAD: usize = 2;
 
 fn known() -> MutexGuard<'static, Known> {
     static KNOWN: OnceLock<Mutex<Known>> = OnceLock::new();
@@ -71,13 +77,16 @@ impl Queue {
         Self::over(stream.map_err(refused(ordinal, "open a stream"))?)
     }
 
-    /// The queue over a stream that somebody else has made, and works on too: this one's work is in order with theirs.
+    /// The queue over a stream that somebody else has made, and works on too: this one's work is in order with theirs. Where
+    /// it is each thread's own stream, the queue is the calling thread's.
     ///
     /// # Errors
     /// When the device is too old for the kernels, or the driver refuses.
     pub fn over(stream: Arc<CudaStream>) -> Result<Arc<Self>, KernelError> {
         let context = stream.context();
-        let key = (context.cu_ctx().addr(), stream.cu_stream().addr());
+        let is_per_thread = stream.cu_stream().addr() == PER_THREAD;
+        let thread = is_per_thread.then(|| std::thread::current().id());
+        let key = (context.cu_ctx().addr(), stream.cu_stream().addr(), thread);
         let mut known = known();
         if let Some(queue) = known.get(&key).and_then(Weak::upgrade) {
             return Ok(queue);
@@ -91,6 +100,7 @@ impl Queue {
         let queue = Arc::new_cyclic(|me| Self {
             me: me.clone(),
             ordinal,
+            thread,
             stream,
             functions,
             pending: Mutex::default(),
@@ -158,6 +168,18 @@ impl Queue {
     /// Bind, and say what is still to be told: the begin of every call.
     pub(super) fn begin(&self) -> Result<(), KernelError> {
         self.tell()?;
+        if self
+            .thread
+            .is_some_and(|thread| thread != std::thread::current().id())
+        {
+            return Err(KernelError::Driver {
+                memory: Memory::Cuda(self.ordinal),
+                doing: "work on a thread's own stream".into(),
+                what: "this is another thread, whose stream is another one, so that nothing would be in order. Open the \
+                       library's device on a stream that all threads share (candle: Device::new_cuda_with_stream)"
+                    .into(),
+            });
+        }
         self.bind()
     }
 
@@ -173,6 +195,18 @@ impl Queue {
             Ok((free, total)) => format!(" ({free} of {total} are free)"),
             Err(_) => String::new(),
         }
+    }
+}
+
+impl Queue {
+    /// Do nothing of what comes before the event.
+    fn wait_event(&self, recorded: &Recorded) -> Result<(), KernelError> {
+        // Not `CudaStream::wait`, which wants the event to be of one and the same context object.
+        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        // SAFETY: stream and event live during the call; the driver keeps what it needs of the event. Test: `tests/gpu`, queues.
+        let waits =
+            unsafe { result::stream::wait_event(self.raw(), recorded.event.cu_event(), flags) };
+        waits.map_err(refused(self.ordinal, "wait for an event"))
     }
 }
 
@@ -205,11 +239,12 @@ impl Device for Queue {
 
     fn run(&self, task: Task<'_>) -> Result<(), KernelError> {
         self.begin()?;
-        self.enter(task)?;
-        match device::may_put_off(self) {
-            true => Ok(()),
-            false => self.launch_pending(),
+        if device::may_put_off(self) {
+            return self.enter(task);
         }
+        device::flush_waiting()?;
+        self.enter(task)?;
+        self.launch_pending()
     }
 
     fn squares(&self, spans: &[Span<'_>]) -> Result<Squares, KernelError> {
@@ -246,12 +281,7 @@ impl Device for Queue {
                 what: "it is not of a CUDA device; wait for it on the host (Moment::block)".into(),
             });
         };
-        // Not `CudaStream::wait`, which wants the event to be of one and the same context object.
-        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
-        // SAFETY: stream and event live during the call; the driver keeps what it needs of the event. Test: `tests/gpu`, queues.
-        let waits =
-            unsafe { result::stream::wait_event(self.raw(), recorded.event.cu_event(), flags) };
-        waits.map_err(refused(self.ordinal, "wait for an event"))
+        self.wait_event(recorded)
     }
 
     fn settle(&self) -> Result<(), KernelError> {

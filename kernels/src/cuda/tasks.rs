@@ -82,7 +82,7 @@ impl Queue {
                         factor,
                     },
                 };
-                self.beside(from, |from| self.enter_pair(kernel, from, &into))
+                self.enter_pair(kernel, from, &into)
             }
         }
     }
@@ -153,7 +153,10 @@ impl Queue {
             };
             let mut ranges = ranges.clone();
             ranges.push(range(grad));
-            self.enter_entry(kernel, Entry::Update(entry), &ranges)
+            let spans = [state0, state1, &copy];
+            let [a, b, c] = spans.map(|span| span.as_ref().and_then(SpanMut::device));
+            let others = [a, b, c, grad.device()];
+            self.enter_entry(kernel, Entry::Update(entry), &ranges, &others)
         })
     }
 
@@ -177,7 +180,7 @@ impl Queue {
             first: 0,
         };
         let ranges = [range(from), range(into.as_span())];
-        self.enter_entry(kernel, Entry::Move(entry), &ranges)
+        self.enter_entry(kernel, Entry::Move(entry), &ranges, &[from.device()])
     }
 
     fn enter_entry(
@@ -185,10 +188,12 @@ impl Queue {
         kernel: Kernel,
         entry: Entry,
         ranges: &[(u64, u64)],
+        others: &[Option<&dyn Device>],
     ) -> Result<(), KernelError> {
         if self.pending().touches(ranges) {
             self.launch_pending()?;
         }
+        others.iter().try_for_each(|other| self.beside(*other))?;
         self.pending().add(kernel, entry, ranges);
         Ok(())
     }
@@ -200,7 +205,7 @@ impl Queue {
         f: impl FnOnce(Span<'_>) -> Result<(), KernelError>,
     ) -> Result<(), KernelError> {
         if span.device().is_some() {
-            return self.beside(span, f);
+            return f(span);
         }
         let piece = Piece::fresh(self, span.bytes().max(1))?;
         let ptr = std::ptr::without_provenance_mut(piece.address());
@@ -213,28 +218,21 @@ impl Queue {
         Ok(())
     }
 
-    /// Call `f` with a span that another queue of this device may have made: in order with that queue, before and after.
-    fn beside(
-        &self,
-        span: Span<'_>,
-        f: impl FnOnce(Span<'_>) -> Result<(), KernelError>,
-    ) -> Result<(), KernelError> {
-        let device = span.device().expect("spans of the host go another way");
+    /// Note that work touches memory which another queue of this device may work on.
+    fn beside(&self, other: Option<&dyn Device>) -> Result<(), KernelError> {
         let own: &dyn Device = self;
-        if std::ptr::addr_eq(&raw const *device, &raw const *own) {
-            return f(span);
-        }
-        if device.memory() != own.memory() {
+        let Some(other) = other.filter(|other| !std::ptr::addr_eq(&raw const **other, own)) else {
+            return Ok(());
+        };
+        if other.memory() != own.memory() {
             return Err(KernelError::Apart {
-                op: "cast",
+                op: "work of a device",
                 memory: own.memory(),
-                other: device.memory(),
+                other: other.memory(),
             });
         }
-        self.wait_for(&*device.moment()?)?;
-        f(span)?;
-        self.launch_pending()?;
-        device.wait_for(&*self.moment()?)
+        self.pending().beside(other);
+        Ok(())
     }
 
     /// Copy elements of the host to `into`, cast on the way.
@@ -272,15 +270,14 @@ impl Queue {
         if from.dtype() != into.dtype() || factor != 1.0 {
             return self.fetched(from, |here| cast_scaled(here, into, factor));
         }
-        self.beside(from, |from| {
-            self.launch_pending()?;
-            // SAFETY: a span of the host is valid for its bytes, and ours alone. Test: `tests/gpu`, bus.
-            let bytes = unsafe { std::slice::from_raw_parts_mut(into.as_mut_ptr(), into.bytes()) };
-            // SAFETY: both have as many bytes, as the verbs see to; they are waited for. As above.
-            let copied = unsafe { result::memcpy_dtoh_async(bytes, address(from), self.raw()) };
-            copied.map_err(refused(self.ordinal(), "copy from the device"))?;
-            self.settle()
-        })
+        self.beside(from.device())?;
+        self.launch_pending()?;
+        // SAFETY: a span of the host is valid for its bytes, and ours alone. Test: `tests/gpu`, bus.
+        let bytes = unsafe { std::slice::from_raw_parts_mut(into.as_mut_ptr(), into.bytes()) };
+        // SAFETY: both have as many bytes, as the verbs see to; they are waited for. As above.
+        let copied = unsafe { result::memcpy_dtoh_async(bytes, address(from), self.raw()) };
+        copied.map_err(refused(self.ordinal(), "copy from the device"))?;
+        self.settle()
     }
 
     /// Call `f` with a copy on the host.

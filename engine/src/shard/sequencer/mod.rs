@@ -132,7 +132,7 @@ impl Sequencer {
         let (block_bytes, blocks) = plan.reduce_blocks();
         let (world, trace) = (groups.world.size(), groups.world.trace());
         Ok(Self {
-            mains: Arc::new(Mains::new(&plan, rank)),
+            mains: Arc::new(Mains::new(&plan, rank, groups.reduce.device())?),
             blocks: Pool::new(groups.reduce.clone(), block_bytes, blocks)?,
             units: Units::new(&plan, groups.gather.clone(), groups.regather.clone())?,
             plan,
@@ -166,7 +166,9 @@ impl Sequencer {
             let dtype = bucket.dtype.accumulator();
             match &groups.replica {
                 Some(replica) => replica.lock().alloc(dtype, numel),
-                None => Ok(Slab::zeroed(dtype, numel)),
+                None => Slab::zeroed_on(groups.reduce.device(), dtype, numel).map_err(
+                    Error::kernel(groups.world.rank(), "make room for gradients"),
+                ),
             }
         };
         Ok(if plan.reduces_each(index) {
@@ -454,6 +456,9 @@ impl Sequencer {
             bucket.land(self.rank, &mut self.blocks)?;
         }
         self.units.finish(&self.plan, &*self.params)?;
+        if let Some(device) = self.groups.reduce.device() {
+            device.flush()?; // gradients that wait to be packed are not kept any longer
+        }
         if !sync {
             // Replicated gradients may be looked at before they are averaged.
             let buckets = self.buckets.iter_mut().zip(self.plan.buckets());

@@ -1,7 +1,10 @@
 //! After an update: parameters return to where they stand between steps.
 
 use super::Sequencer;
+use fabric_kernels as kernels;
+
 use crate::{
+    buffer::Slab,
     comm::{Data, Work},
     error::Result,
     shard::pool::Rest,
@@ -71,6 +74,12 @@ impl Sequencer {
     /// Write what others have updated of a bucket's parameters.
     fn arrive(&mut self, (index, work, rest): (usize, Work, Rest)) -> Result<()> {
         let slab = work.wait()?.into_output();
+        kernels::batch(|| self.write_others(index, &slab))?;
+        self.units.pool().give(slab, rest);
+        Ok(())
+    }
+
+    fn write_others(&self, index: usize, slab: &Slab) -> Result<()> {
         let own = self.plan.own(index, self.rank);
         for (param, range) in self.plan.buckets()[index].layout.entries() {
             let before = range.start..range.end.min(own.start);
@@ -84,7 +93,6 @@ impl Sequencer {
                 }
             }
         }
-        self.units.pool().give(slab, rest);
         Ok(())
     }
 }

@@ -1,7 +1,7 @@
 //! What ranks tell each other about gradients: the control word at the end of a synchronised backward (who had a gradient
 //! for what, and the squares of what each rank alone holds), and norms at other times.
 
-use fabric_kernels::{Dtype, SquareBins};
+use fabric_kernels::{Dtype, Span, SquareBins};
 
 use super::{Sequencer, Unused};
 use crate::{
@@ -19,7 +19,7 @@ impl Sequencer {
         let mut comm = self.groups.world.lock();
         let mut word = match self.word.take() {
             Some(word) => word,
-            None => comm.alloc(dtype, numel)?,
+            None => comm.alloc_host(dtype, numel)?,
         };
         let count = self.plan.params().len();
         let is_used = |param: usize| {
@@ -70,13 +70,10 @@ impl Sequencer {
 
     /// The squares of the gradients that this rank answers for. Those that nobody used are zeros here.
     fn own_squares(&self) -> Result<SquareBins> {
-        let mut bins = SquareBins::new();
-        for (index, bucket) in self.buckets.iter().enumerate() {
-            if self.plan.buckets()[index].trainable && self.answers_for(index) {
-                bucket.add_squares(self.rank, &mut bins)?;
-            }
-        }
-        Ok(bins)
+        let counts =
+            |index: &usize| self.plan.buckets()[*index].trainable && self.answers_for(*index);
+        let counted = (0..self.buckets.len()).filter(counts);
+        self.bins(counted.filter_map(|index| self.buckets[index].owned()))
     }
 
     /// The squares of all gradients, added exactly: of those that the last synchronised backward left, unless something
@@ -119,7 +116,7 @@ impl Sequencer {
         let mut comm = self.groups.world.lock();
         let mut word = match self.norm.take() {
             Some(word) => word.recast(dtype), // all are of eight bytes
-            None => comm.alloc(dtype, SquareBins::WORDS)?,
+            None => comm.alloc_host(dtype, SquareBins::WORDS)?,
         };
         fill(&mut word);
         let call = Call::new(Op::AllReduce(op)).blocking();
@@ -127,13 +124,25 @@ impl Sequencer {
     }
 
     fn held_squares(&self, counts: impl Fn(usize) -> bool) -> Result<SquareBins> {
+        let pieces = self.plan.each_piece(self.rank);
+        let counted = pieces.filter(|piece| counts(piece.bucket));
+        self.bins(counted.filter_map(|piece| self.piece(&piece)))
+    }
+
+    /// The squares of spans; those that lie on a device are read in one pass.
+    fn bins<'a>(&self, spans: impl Iterator<Item = Span<'a>>) -> Result<SquareBins> {
         let mut bins = SquareBins::new();
-        for piece in self.plan.each_piece(self.rank) {
-            if let Some(grad) = self.piece(&piece).filter(|_| counts(piece.bucket)) {
-                bins.add(grad)
-                    .map_err(Error::kernel(self.rank, "take a norm"))?;
+        let mut away = Vec::new();
+        for span in spans {
+            match span.device() {
+                Some(_) => away.push(span),
+                None => bins
+                    .add(span)
+                    .map_err(Error::kernel(self.rank, "take a norm"))?,
             }
         }
+        bins.add_all(&away)
+            .map_err(Error::kernel(self.rank, "take a norm"))?;
         Ok(bins)
     }
 
