@@ -22,6 +22,19 @@ pub struct Work(State);
 enum State {
     Done(Result<Data>),
     Flying(Ticket),
+    Ahead(Box<dyn Ahead>),
+}
+
+/// An operation that a device does in the order of its queue: to wait for it is to let the queue wait.
+pub(super) trait Ahead: Send + std::fmt::Debug {
+    /// Whether the device has done it.
+    fn is_done(&self) -> bool;
+
+    /// Let later work of the queue come after it, and take the memory back.
+    fn wait(self: Box<Self>) -> Result<Data>;
+
+    /// Wait on this thread until the device has done it.
+    fn block(&self) -> Result<()>;
 }
 
 impl Work {
@@ -30,15 +43,38 @@ impl Work {
         Self(State::Done(result))
     }
 
-    /// Whether [`Work::wait`] would return at once.
+    /// An operation that a device does.
+    #[cfg(feature = "cuda")]
+    pub(super) fn ahead(work: Box<dyn Ahead>) -> Self {
+        Self(State::Ahead(work))
+    }
+
+    /// Whether it is over.
     pub fn is_done(&self) -> bool {
         match &self.0 {
             State::Done(_) => true,
             State::Flying(ticket) => ticket.is_done(),
+            State::Ahead(work) => work.is_done(),
         }
     }
 
-    /// Wait for the end and take the memory back.
+    /// Wait on this thread until it is over, also where [`Work::wait`] lets a device wait instead.
+    ///
+    /// # Errors
+    /// The operation's error, or the communicator's first, where a device does it. Others are left for [`Work::wait`].
+    pub fn block(&self) -> Result<()> {
+        match &self.0 {
+            State::Done(_) => Ok(()),
+            State::Flying(ticket) => {
+                ticket.block();
+                Ok(())
+            }
+            State::Ahead(work) => work.block(),
+        }
+    }
+
+    /// Wait for the end and take the memory back. What a device does is waited for by its queue, not by this thread: work
+    /// that is given to it later comes after the operation.
     ///
     /// # Errors
     /// The operation's error, or the communicator's first. The communicator keeps the memory then.
@@ -46,6 +82,7 @@ impl Work {
         match self.0 {
             State::Done(result) => result,
             State::Flying(ticket) => ticket.wait(),
+            State::Ahead(work) => work.wait(),
         }
     }
 }
@@ -185,6 +222,21 @@ impl Ticket {
         !matches!(self.desk.shelf().slots[self.slot], Slot::Open)
     }
 
+    fn block(&self) {
+        drop(self.sleep());
+    }
+
+    /// The shelf, once the result is there.
+    fn sleep(&self) -> MutexGuard<'_, Shelf> {
+        let mut shelf = self.desk.shelf();
+        while let Slot::Open = shelf.slots[self.slot] {
+            shelf.asleep += 1;
+            shelf = (self.desk.0.changed.wait(shelf)).unwrap_or_else(|held| held.into_inner());
+            shelf.asleep -= 1;
+        }
+        shelf
+    }
+
     fn wait(mut self) -> Result<Data> {
         for _ in 0..YIELDS {
             if self.is_done() {
@@ -192,12 +244,7 @@ impl Ticket {
             }
             std::thread::yield_now();
         }
-        let mut shelf = self.desk.shelf();
-        while let Slot::Open = shelf.slots[self.slot] {
-            shelf.asleep += 1;
-            shelf = (self.desk.0.changed.wait(shelf)).unwrap_or_else(|held| held.into_inner());
-            shelf.asleep -= 1;
-        }
+        let mut shelf = self.sleep();
         let end = shelf.release(self.slot);
         drop(shelf);
         self.is_used = true;

@@ -146,7 +146,8 @@ impl Queue {
         &self.functions
     }
 
-    pub(super) fn handle(&self) -> Arc<Queue> {
+    /// The handle that keeps it.
+    pub fn handle(&self) -> Arc<Queue> {
         self.me.upgrade().expect("it is being used, so it lives")
     }
 

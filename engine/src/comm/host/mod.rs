@@ -42,7 +42,8 @@ use connect::Family;
 use messages::Messages;
 use queue::{Giver, Taker, queue};
 pub(super) use shape::check_shapes;
-use shape::stamp;
+#[cfg_attr(not(feature = "cuda"), expect(unused_imports))]
+pub(super) use shape::stamp;
 use shared::SharedMemory;
 /// The longest input, in bytes, that shared memory posts; longer ones are loaded whatever the tuning table says.
 pub const POST_BYTES: usize = crate::wire::shm::POST_BYTES;
@@ -261,6 +262,11 @@ impl Host {
         })
     }
 
+    /// How long an operation may take, unless its call says otherwise.
+    pub fn deadline(&self) -> Duration {
+        self.shared.options.deadline
+    }
+
     /// By which wire: "shm", "tcp", "sim", ...
     pub fn wire(&self) -> &'static str {
         self.shared.kind.name()
@@ -269,6 +275,49 @@ impl Host {
     /// Why this wire, where [`Host::best`] has chosen it; otherwise nothing.
     pub fn reason(&self) -> &str {
         &self.reason
+    }
+}
+
+/// What a communicator over devices shares with the one over hosts that stands beside it.
+#[cfg(feature = "cuda")]
+impl Host {
+    /// The number of the next operation, of either: one order for both.
+    pub(super) fn next_number(&mut self, call: &Call) -> u64 {
+        let number = self.sequence;
+        self.sequence += u64::from(call.op.kind().is_some());
+        number
+    }
+
+    /// Has somebody failed?
+    pub(super) fn check(&self, stamp: &Stamp) -> Result<()> {
+        self.shared.check(stamp)
+    }
+
+    /// Keep the first error, and tell everybody.
+    pub(super) fn fail(&self, error: Error) -> Error {
+        self.shared.fail(error)
+    }
+
+    /// Who was last seen where.
+    pub(super) fn ledger(&self) -> &Ledger {
+        &self.shared.ledger
+    }
+
+    /// A handle that tells failures, for another thread.
+    pub(super) fn reporter(&self) -> Reporter {
+        Reporter(self.shared.clone())
+    }
+}
+
+/// Tells everybody of a failure.
+#[cfg(feature = "cuda")]
+pub(super) struct Reporter(Arc<Shared>);
+
+#[cfg(feature = "cuda")]
+impl Reporter {
+    /// Keep the first error, and tell everybody.
+    pub(super) fn fail(&self, error: Error) -> Error {
+        self.0.fail(error)
     }
 }
 

@@ -17,7 +17,7 @@ pub(in crate::comm) struct Shape {
 }
 
 /// Messages are not numbered: only two ranks know of them.
-pub(super) fn stamp(sequence: u64, call: &Call, shape: Shape) -> Stamp {
+pub(in crate::comm) fn stamp(sequence: u64, call: &Call, shape: Shape) -> Stamp {
     let (op, reduce) = call.op.code();
     let root = call.op.kind().and_then(|kind| kind.root()).unwrap_or(0);
     Stamp {

@@ -1,0 +1,255 @@
+//! NCCL as a [`Communicator`]: device memory goes to NCCL, on a stream of its own, and memory of the host to the
+//! communicator between the hosts that stands beside it.
+//!
+//! ```text
+//! compute  --pack--*.......wait: goes on after `done`.......*--update-->
+//!                  | start                                  | done
+//! own      --------*----all_reduce--------------------------*---------->
+//! ```
+//!
+//! [Note: order on devices] An operation begins when everything is done that the compute queue was given before it was
+//! submitted, and [`Work::wait`](super::super::Work::wait) lets the compute queue go on when the operation is done: the
+//! host waits for neither. So an error shows later than on the host's wires: the [`Watch`] sees it, aborts, which lets the
+//! queues go on, and every later call returns it. What was computed meanwhile is worthless, as after any failure.
+
+use std::sync::Arc;
+
+use fabric_kernels::{Device, Dtype, Memory, cuda::Queue};
+
+use super::{
+    Comm, Config, Id, Library, Part,
+    flight::{Flight, Landing},
+    moves,
+    watch::Watch,
+};
+use crate::{
+    buffer::Slab,
+    comm::{
+        Aborter, Call, Collectives, Communicator, Data, Rank, Spent, Work,
+        host::{Host, check_shapes, stamp},
+        trace::{Event, Trace},
+    },
+    error::{Error, Result},
+};
+
+/// A communicator over the memory of one CUDA device a rank.
+pub struct Nccl {
+    host: Host,
+    comm: Arc<Comm>,
+    compute: Arc<Queue>,
+    own: Arc<Queue>,
+    watch: Arc<Watch>,
+    spent: Spent,
+}
+
+impl Nccl {
+    /// The ranks of `host`, each with a device of its own. All call this together.
+    ///
+    /// # Errors
+    /// When NCCL is not there, on all ranks alike if on one; when a device is not CUDA's; when the ranks' devices do not
+    /// reach each other.
+    pub fn over(mut host: Host, device: &Arc<dyn Device>) -> Result<Self> {
+        let rank = host.rank();
+        let library = Library::load();
+        // A rank that cannot go on says so before the others wait for it in NCCL, where they would not hear it.
+        let trouble = library.as_ref().err().map(ToString::to_string);
+        let told = host.all_gather_bytes(trouble.unwrap_or_default().as_bytes())?;
+        let library = library?;
+        if let Some(other) = told.iter().position(|text| !text.is_empty()) {
+            let text = String::from_utf8_lossy(&told[other]);
+            return Err(Error::rendezvous(
+                rank,
+                format!("rank {other} has no NCCL: {text}"),
+                "Install NCCL on every machine, or choose accelerator = cpu",
+            ));
+        }
+        let compute = queue_of(device)?;
+        let id = match rank {
+            0 => Id::create(&library)?.bytes().to_vec(),
+            _ => Vec::new(),
+        };
+        let id = host.broadcast_bytes(&id, 0)?;
+        let id = id.try_into().map_err(|_| {
+            let hint = "All ranks must run the same version of this program";
+            Error::rendezvous(rank, "rank 0 sent no NCCL id", hint)
+        })?;
+        compute.bind().map_err(Error::kernel(rank, "open NCCL"))?;
+        let config = config(&host);
+        let comm = Comm::init(&library, &Id::from_bytes(id), host.size(), rank, config);
+        let watch = Watch::new(&host)?;
+        Self::with(host, comm?, compute, watch)
+    }
+
+    fn with(host: Host, comm: Comm, compute: Arc<Queue>, watch: Arc<Watch>) -> Result<Self> {
+        let own = compute.fork().map_err(Error::kernel(host.rank(), "open a stream"))?;
+        let comm = Arc::new(comm);
+        watch.guard(&comm);
+        Ok(Self {
+            host,
+            comm,
+            compute,
+            own,
+            watch,
+            spent: Spent::default(),
+        })
+    }
+
+    /// NCCL's version.
+    pub fn version(&self) -> String {
+        self.comm.library().version().to_string()
+    }
+
+    /// How the hosts are connected beside it.
+    pub fn host(&self) -> &Host {
+        &self.host
+    }
+
+    fn start(&mut self, call: Call, data: Data) -> Result<Work> {
+        let (rank, size) = (self.rank(), self.size());
+        let shape = check_shapes(rank, size, &call, &data)?;
+        moves::check(rank, &call, &data, shape.dtype, self.comm.library().version())?;
+        let stamp = stamp(self.host.next_number(&call), &call, shape);
+        self.host.check(&stamp)?;
+        self.host.trace().note(Event::Submitted {
+            sequence: stamp.sequence,
+            label: call.label,
+            op: stamp.op.name(),
+            bytes: shape.numel * shape.dtype.size(),
+        });
+        let failed = |what: &str| Error::kernel(rank, format!("{stamp}: {what}"));
+        let begin = self.compute.moment().map_err(failed("begin"))?;
+        self.own.wait_for(&*begin).map_err(failed("begin"))?;
+        self.host.ledger().enter(&stamp);
+        if let Err(error) = moves::submit(&self.comm, &call, &data, &self.own) {
+            std::mem::forget(data); // part of it may be under way
+            return Err(self.host.fail(error));
+        }
+        let done = self.own.moment().map_err(failed("end"))?;
+        self.spent += self.host.price(&call, shape.dtype, shape.numel);
+        self.watch.follow(Flight::new(
+            stamp,
+            call.deadline.unwrap_or(self.host.deadline()),
+            done.clone(),
+        ));
+        let signal = self.host.aborter().signal().clone();
+        let compute = self.compute.clone();
+        Ok(Work::ahead(Box::new(Landing::new(
+            rank, data, done, compute, signal,
+        ))))
+    }
+}
+
+fn config(host: &Host) -> Config {
+    Config {
+        clock: host.clock().clone(),
+        deadline: Some(host.deadline()),
+        signal: host.aborter().signal().clone(),
+        ..Config::default()
+    }
+}
+
+/// The queue behind a device.
+fn queue_of(device: &Arc<dyn Device>) -> Result<Arc<Queue>> {
+    let queue = device.as_any().downcast_ref::<Queue>();
+    queue.map(Queue::handle).ok_or_else(|| {
+        let what = format!("NCCL over {device:?}, which is no CUDA device");
+        Error::argument(what, "Give each rank a device of kernels::cuda::Queue::open")
+    })
+}
+
+/// Where all slabs of some data are; `None` when there are none, or on both sides.
+fn memory(data: &Data) -> Option<Memory> {
+    let mut slabs = match data {
+        Data::None => return Some(Memory::Host),
+        Data::InPlace(slab) => vec![slab],
+        Data::Many(slabs) => slabs.iter().collect(),
+        Data::Out { from, into } => vec![from, into],
+    }
+    .into_iter()
+    .map(Slab::memory);
+    let first = slabs.next()?;
+    slabs.all(|other| other == first).then_some(first)
+}
+
+impl Communicator for Nccl {
+    fn rank(&self) -> Rank {
+        self.host.rank()
+    }
+
+    fn size(&self) -> usize {
+        self.host.size()
+    }
+
+    fn alloc(&self, dtype: Dtype, numel: usize) -> Result<Slab> {
+        let device: Arc<dyn Device> = self.compute.clone();
+        let slab = Slab::zeroed_on(Some(&device), dtype, numel);
+        slab.map_err(Error::kernel(self.rank(), "allocate memory"))
+    }
+
+    fn device(&self) -> Option<Arc<dyn Device>> {
+        Some(self.compute.clone())
+    }
+
+    fn alloc_host(&self, dtype: Dtype, numel: usize) -> Result<Slab> {
+        self.host.alloc(dtype, numel)
+    }
+
+    /// Memory of the host goes to the communicator between hosts, in whatever operation.
+    fn submit(&mut self, call: Call, data: Data) -> Result<Work> {
+        let own = Device::memory(&*self.compute);
+        match memory(&data) {
+            Some(Memory::Host) => self.host.submit(call, data),
+            Some(memory) if memory == own => self.start(call, data),
+            Some(memory) => Err(Error::argument(
+                format!("rank {}: {memory} memory on a communicator of {own}", self.rank()),
+                "Allocate with the communicator, or give each rank tensors of its own device",
+            )),
+            None => Err(Error::argument(
+                format!("rank {}: slabs of several memories in one call", self.rank()),
+                "Bring them to one place first",
+            )),
+        }
+    }
+
+    fn split(&mut self, color: u32, key: u32) -> Result<Box<dyn Communicator>> {
+        let host = self.host.subgroup(color, key)?;
+        let config = config(&host);
+        let part = Part {
+            color,
+            key,
+            size: host.size(),
+            rank: host.rank(),
+        };
+        let bound = self.compute.bind();
+        bound.map_err(Error::kernel(self.rank(), "split"))?;
+        // Nothing may be in progress.
+        self.own.settle().map_err(Error::kernel(self.rank(), "split"))?;
+        let comm = self.comm.split(Some(part), config)?;
+        let comm = comm.expect("a rank with a color is in a group");
+        let watch = Watch::new(&host)?;
+        Ok(Box::new(Self::with(host, comm, self.compute.clone(), watch)?))
+    }
+
+    fn aborter(&self) -> Aborter {
+        self.host.aborter()
+    }
+
+    /// By the hosts' schedules: NCCL does not say what its own send.
+    fn price(&self, call: &Call, dtype: Dtype, numel: usize) -> Spent {
+        self.host.price(call, dtype, numel)
+    }
+
+    fn spent(&self) -> Spent {
+        let mut spent = self.host.spent();
+        spent += self.spent;
+        spent
+    }
+
+    fn shared_bytes(&self) -> u64 {
+        self.host.shared_bytes()
+    }
+
+    fn trace(&self) -> Trace {
+        self.host.trace()
+    }
+}
