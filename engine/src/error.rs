@@ -115,6 +115,20 @@ pub enum Error {
         /// Its own error.
         source: Arc<dyn std::error::Error + Send + Sync>,
     },
+    /// NCCL, or the search for it, failed.
+    #[error("{}{operation}: {what}. {hint}", who(*rank))]
+    Nccl {
+        /// This rank, where there is one already.
+        rank: Option<usize>,
+        /// The function, or what was done.
+        operation: String,
+        /// NCCL's result code, where it gave one.
+        code: Option<i32>,
+        /// What came.
+        what: String,
+        /// What to try.
+        hint: String,
+    },
     /// The arithmetic refused its operands.
     #[error("rank {rank}: {operation}: {source}")]
     Kernel {
@@ -222,7 +236,12 @@ impl Error {
 
     /// Whether this is the end of another rank rather than a mistake of this one.
     pub fn is_from_peer(&self) -> bool {
-        matches!(self, Self::PeerLost(_) | Self::Aborted { .. })
+        const REMOTE: Option<i32> = Some(6); // ncclRemoteError
+        match self {
+            Self::PeerLost(_) | Self::Aborted { .. } => true,
+            Self::Nccl { code, .. } => *code == REMOTE,
+            _ => false,
+        }
     }
 }
 
@@ -231,6 +250,11 @@ impl From<KernelError> for Error {
     fn from(source: KernelError) -> Self {
         Self::library("work over memory", source)
     }
+}
+
+/// "rank 3: ", or nothing.
+fn who(rank: Option<usize>) -> String {
+    rank.map_or_else(String::new, |rank| format!("rank {rank}: "))
 }
 
 /// "rank 3", "ranks 1, 4".

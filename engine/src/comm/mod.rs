@@ -5,6 +5,8 @@ mod call;
 mod forms;
 pub mod host;
 mod link;
+#[cfg(feature = "cuda")]
+pub mod nccl;
 pub mod solo;
 pub mod trace;
 mod work;

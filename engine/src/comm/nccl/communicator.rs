@@ -34,12 +34,13 @@ use crate::{
 
 /// A communicator over the memory of one CUDA device a rank.
 pub struct Nccl {
-    host: Host,
+    // In the order in which they end: NCCL's own end needs the other ranks.
     comm: Arc<Comm>,
-    compute: Arc<Queue>,
+    watch: Watch,
     own: Arc<Queue>,
-    watch: Arc<Watch>,
+    compute: Arc<Queue>,
     spent: Spent,
+    host: Host,
 }
 
 impl Nccl {
@@ -80,7 +81,7 @@ impl Nccl {
         Self::with(host, comm?, compute, watch)
     }
 
-    fn with(host: Host, comm: Comm, compute: Arc<Queue>, watch: Arc<Watch>) -> Result<Self> {
+    fn with(host: Host, comm: Comm, compute: Arc<Queue>, watch: Watch) -> Result<Self> {
         let own = compute.fork().map_err(Error::kernel(host.rank(), "open a stream"))?;
         let comm = Arc::new(comm);
         watch.guard(&comm);

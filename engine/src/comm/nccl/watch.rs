@@ -18,7 +18,7 @@ use crate::{
     },
     error::{Error, Result},
     signal::Signal,
-    wire::ledger::Ledger,
+    wire::{frame::OpCode, ledger::Ledger},
 };
 
 const SHORTEST_NAP: Duration = Duration::from_micros(200);
@@ -29,7 +29,7 @@ const GRACE: Duration = Duration::from_secs(1);
 /// Follows what was submitted, until it is done.
 pub(super) struct Watch {
     shared: Arc<Shared>,
-    thread: Mutex<Option<JoinHandle<()>>>,
+    thread: Option<JoinHandle<()>>,
 }
 
 struct Shared {
@@ -53,7 +53,7 @@ struct State {
 
 impl Watch {
     /// A watch beside the hosts' communicator, over whose control line failures are told.
-    pub(super) fn new(host: &Host) -> Result<Arc<Self>> {
+    pub(super) fn new(host: &Host) -> Result<Self> {
         use crate::comm::Communicator;
         let rank = host.rank();
         let shared = Arc::new(Shared {
@@ -72,10 +72,10 @@ impl Watch {
             .name(format!("fabric-nccl-{rank}"))
             .spawn(move || own.run())
             .map_err(|error| Error::io(rank, "start the watch over NCCL", error))?;
-        Ok(Arc::new(Self {
+        Ok(Self {
             shared,
-            thread: Mutex::new(Some(thread)),
-        }))
+            thread: Some(thread),
+        })
     }
 
     /// Abort this one when something fails.
@@ -95,8 +95,7 @@ impl Drop for Watch {
     fn drop(&mut self) {
         self.shared.lock().is_over = true;
         self.shared.changed.notify_all();
-        let thread = self.thread.get_mut().unwrap_or_else(|held| held.into_inner());
-        if let Some(thread) = thread.take() {
+        if let Some(thread) = self.thread.take() {
             let _ = thread.join(); // a panic there was a mistake, and has been printed
         }
     }
@@ -145,7 +144,7 @@ impl Shared {
                 Ok(true) => {
                     let sequence = flight.stamp.sequence;
                     self.trace.note(Event::Completed { sequence });
-                    if flight.stamp.op.is_collective() {
+                    if flight.stamp.op != OpCode::SendRecv {
                         let others = (0..self.size).filter(|peer| *peer != self.rank);
                         others.for_each(|peer| self.ledger.saw(peer, sequence));
                     }
