@@ -22,6 +22,7 @@ pub struct Work(State);
 enum State {
     Done(Result<Data>),
     Flying(Ticket),
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code))]
     Ahead(Box<dyn Ahead>),
 }
 

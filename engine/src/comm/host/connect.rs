@@ -242,7 +242,7 @@ impl Host {
     }
 
     /// The communicator of all ranks that give the same `color`, ordered by `key`, then by rank.
-    pub(super) fn subgroup(&mut self, color: u32, key: u32) -> Result<Self> {
+    pub(in crate::comm) fn subgroup(&mut self, color: u32, key: u32) -> Result<Self> {
         let rank = self.shared.rank;
         let Some(family) = &mut self.family else {
             return Err(Error::argument(

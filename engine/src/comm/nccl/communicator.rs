@@ -17,7 +17,7 @@ use std::sync::Arc;
 use fabric_kernels::{Device, Dtype, Memory, cuda::Queue};
 
 use super::{
-    Comm, Config, Id, Library, Part,
+    Comm, Config, Id, Library, Version,
     flight::{Flight, Landing},
     moves,
     watch::Watch,
@@ -31,6 +31,9 @@ use crate::{
     },
     error::{Error, Result},
 };
+
+/// The first version with a split of its own.
+const SPLITS_SINCE: Version = Version::from_code(21_800);
 
 /// A communicator over the memory of one CUDA device a rank.
 pub struct Nccl {
@@ -65,24 +68,15 @@ impl Nccl {
             ));
         }
         let compute = queue_of(device)?;
-        let id = match rank {
-            0 => Id::create(&library)?.bytes().to_vec(),
-            _ => Vec::new(),
-        };
-        let id = host.broadcast_bytes(&id, 0)?;
-        let id = id.try_into().map_err(|_| {
-            let hint = "All ranks must run the same version of this program";
-            Error::rendezvous(rank, "rank 0 sent no NCCL id", hint)
-        })?;
-        compute.bind().map_err(Error::kernel(rank, "open NCCL"))?;
-        let config = config(&host);
-        let comm = Comm::init(&library, &Id::from_bytes(id), host.size(), rank, config);
+        let comm = meet(&mut host, &library, &compute)?;
         let watch = Watch::new(&host)?;
-        Self::with(host, comm?, compute, watch)
+        Self::with(host, comm, compute, watch)
     }
 
     fn with(host: Host, comm: Comm, compute: Arc<Queue>, watch: Watch) -> Result<Self> {
-        let own = compute.fork().map_err(Error::kernel(host.rank(), "open a stream"))?;
+        let own = compute
+            .fork()
+            .map_err(Error::kernel(host.rank(), "open a stream"))?;
         let comm = Arc::new(comm);
         watch.guard(&comm);
         Ok(Self {
@@ -108,7 +102,13 @@ impl Nccl {
     fn start(&mut self, call: Call, data: Data) -> Result<Work> {
         let (rank, size) = (self.rank(), self.size());
         let shape = check_shapes(rank, size, &call, &data)?;
-        moves::check(rank, &call, &data, shape.dtype, self.comm.library().version())?;
+        moves::check(
+            rank,
+            &call,
+            &data,
+            shape.dtype,
+            self.comm.library().version(),
+        )?;
         let stamp = stamp(self.host.next_number(&call), &call, shape);
         self.host.check(&stamp)?;
         self.host.trace().note(Event::Submitted {
@@ -140,6 +140,23 @@ impl Nccl {
     }
 }
 
+/// Let the ranks of `host` meet in NCCL.
+fn meet(host: &mut Host, library: &Arc<Library>, compute: &Queue) -> Result<Comm> {
+    let rank = host.rank();
+    let id = match rank {
+        0 => Id::create(library)?.bytes().to_vec(),
+        _ => Vec::new(),
+    };
+    let id = host.broadcast_bytes(&id, 0)?;
+    let id = id.try_into().map_err(|_| {
+        let hint = "All ranks must run the same version of this program";
+        Error::rendezvous(rank, "rank 0 sent no NCCL id", hint)
+    })?;
+    compute.bind().map_err(Error::kernel(rank, "open NCCL"))?;
+    let (id, config) = (Id::from_bytes(id), config(host));
+    Comm::init(library, &id, host.size(), rank, config)
+}
+
 fn config(host: &Host) -> Config {
     Config {
         clock: host.clock().clone(),
@@ -154,7 +171,10 @@ fn queue_of(device: &Arc<dyn Device>) -> Result<Arc<Queue>> {
     let queue = device.as_any().downcast_ref::<Queue>();
     queue.map(Queue::handle).ok_or_else(|| {
         let what = format!("NCCL over {device:?}, which is no CUDA device");
-        Error::argument(what, "Give each rank a device of kernels::cuda::Queue::open")
+        Error::argument(
+            what,
+            "Give each rank a device of kernels::cuda::Queue::open",
+        )
     })
 }
 
@@ -202,33 +222,45 @@ impl Communicator for Nccl {
             Some(Memory::Host) => self.host.submit(call, data),
             Some(memory) if memory == own => self.start(call, data),
             Some(memory) => Err(Error::argument(
-                format!("rank {}: {memory} memory on a communicator of {own}", self.rank()),
+                format!(
+                    "rank {}: {memory} memory on a communicator of {own}",
+                    self.rank()
+                ),
                 "Allocate with the communicator, or give each rank tensors of its own device",
             )),
             None => Err(Error::argument(
-                format!("rank {}: slabs of several memories in one call", self.rank()),
+                format!(
+                    "rank {}: slabs of several memories in one call",
+                    self.rank()
+                ),
                 "Bring them to one place first",
             )),
         }
     }
 
     fn split(&mut self, color: u32, key: u32) -> Result<Box<dyn Communicator>> {
-        let host = self.host.subgroup(color, key)?;
-        let config = config(&host);
-        let part = Part {
-            color,
-            key,
-            size: host.size(),
-            rank: host.rank(),
+        let mut host = self.host.subgroup(color, key)?;
+        let failed = || Error::kernel(self.rank(), "split");
+        self.compute.bind().map_err(failed())?;
+        self.own.settle().map_err(failed())?; // nothing may be in progress
+        let library = self.comm.library().clone();
+        // NCCL's own split shares what is open, but it is of 2.18, and its colors are smaller than ours.
+        let comm = match library.version() >= SPLITS_SINCE && color <= i32::MAX as u32 {
+            true => {
+                let part = self
+                    .comm
+                    .split(Some(color), host.rank() as u32, config(&host))?;
+                part.expect("a rank with a color is in a group")
+            }
+            false => meet(&mut host, &library, &self.compute)?,
         };
-        let bound = self.compute.bind();
-        bound.map_err(Error::kernel(self.rank(), "split"))?;
-        // Nothing may be in progress.
-        self.own.settle().map_err(Error::kernel(self.rank(), "split"))?;
-        let comm = self.comm.split(Some(part), config)?;
-        let comm = comm.expect("a rank with a color is in a group");
         let watch = Watch::new(&host)?;
-        Ok(Box::new(Self::with(host, comm, self.compute.clone(), watch)?))
+        Ok(Box::new(Self::with(
+            host,
+            comm,
+            self.compute.clone(),
+            watch,
+        )?))
     }
 
     fn aborter(&self) -> Aborter {

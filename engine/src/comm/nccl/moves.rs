@@ -37,16 +37,34 @@ pub(super) fn submit(comm: &Comm, call: &Call, data: &Data, own: &Queue) -> Resu
         Data::Many(slabs) => group(comm.library(), || {
             slabs.iter().try_for_each(|slab| {
                 let ends = Ends::new(slab, slab);
-                Move { comm, call, ends, stream }.go()
+                Move {
+                    comm,
+                    call,
+                    ends,
+                    stream,
+                }
+                .go()
             })
         }),
         Data::InPlace(slab) => {
             let ends = Ends::new(slab, slab);
-            Move { comm, call, ends, stream }.go()
+            Move {
+                comm,
+                call,
+                ends,
+                stream,
+            }
+            .go()
         }
         Data::Out { from, into } => {
             let ends = Ends::new(from, into);
-            Move { comm, call, ends, stream }.go()
+            Move {
+                comm,
+                call,
+                ends,
+                stream,
+            }
+            .go()
         }
     }
 }
@@ -105,7 +123,7 @@ impl Move<'_> {
             Op::Barrier => Ok(()),
             Op::AllReduce(op) => {
                 let data = self.operands(0, 0, output);
-                // SAFETY (of all calls here): `check_shapes` has seen that both slabs hold as many elements; they are of this
+                // SAFETY: as of all calls here, `check_shapes` has seen that both slabs hold as many elements; they are of this
                 // device, and stay where they are until the stream has done the operation: their owner, the `Landing`, frees
                 // them after it in the compute queue's order. Test: `tests/gpu`, collectives, by poison in freed memory.
                 unsafe { self.comm.all_reduce(data, op, stream) }
@@ -232,7 +250,9 @@ impl Move<'_> {
                 self.send(peer, part)?;
             }
             let taken = parts(Some(&taken), 0, size).into_iter().enumerate();
-            taken.into_iter().try_for_each(|(peer, part)| self.recv(peer, part))
+            taken
+                .into_iter()
+                .try_for_each(|(peer, part)| self.recv(peer, part))
         })
     }
 
