@@ -41,6 +41,7 @@ impl Link {
             let call = Call::new(Op::AllReduce(ReduceOp::Max)).blocking();
             let once = |comm: &mut dyn Communicator, slab: Slab| {
                 let work = comm.submit(call.clone(), Data::InPlace(slab))?;
+                work.block()?; // a device's queue would wait instead
                 Ok::<_, Error>(work.wait()?.into_output())
             };
             slab = once(comm, slab)?; // the first of a size sets things up

@@ -1,7 +1,18 @@
-//! NVIDIA's GPUs: found through what the kernel's driver says of itself, so that a machine without one, or without any of
-//! NVIDIA's libraries, is no trouble.
+//! NVIDIA's GPUs: listed by the driver's library in a build with the feature `cuda`, and otherwise through what the
+//! kernel's driver says of itself, so that a machine without one, or without any of NVIDIA's libraries, is no trouble.
 
+#[cfg(any(test, not(feature = "cuda")))]
 use std::{fs, path::Path};
+
+#[cfg(feature = "cuda")]
+use {
+    fabric_engine::{
+        Error as EngineError,
+        comm::{Communicator, host::Host, nccl::Nccl},
+        kernels,
+    },
+    std::sync::Arc,
+};
 
 use super::Accelerator;
 
@@ -13,22 +24,47 @@ impl Accelerator for Cuda {
         "cuda"
     }
 
+    #[cfg(feature = "cuda")]
+    fn devices(&self) -> Result<Vec<String>, String> {
+        kernels::cuda::devices()
+    }
+
+    #[cfg(not(feature = "cuda"))]
     fn devices(&self) -> Result<Vec<String>, String> {
         let visible = std::env::var("CUDA_VISIBLE_DEVICES").ok();
         find(Path::new("/proc/driver/nvidia"), visible.as_deref())
     }
 
+    #[cfg(not(feature = "cuda"))]
     fn backend(&self) -> Result<(), String> {
-        Err("this build has no device buffers for them yet".into())
+        Err("this program was built without them: build it with --features cuda".into())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn open(&self, index: usize) -> crate::Result<Option<Arc<dyn kernels::Device>>> {
+        let queue = kernels::cuda::Queue::open(index as u32);
+        let queue = queue.map_err(|error| EngineError::library("open the device", error))?;
+        Ok(Some(queue))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn connect(
+        &self,
+        host: Host,
+        device: &Arc<dyn kernels::Device>,
+    ) -> crate::Result<Box<dyn Communicator>> {
+        Ok(Box::new(Nccl::over(host, device)?))
     }
 }
 
+#[cfg(any(test, not(feature = "cuda")))]
 struct Card {
     name: String,
     uuid: String,
 }
 
 /// The cards under `driver` that `visible` (CUDA_VISIBLE_DEVICES) leaves, in its order.
+#[cfg(any(test, not(feature = "cuda")))]
 fn find(driver: &Path, visible: Option<&str>) -> Result<Vec<String>, String> {
     let cards = cards(driver);
     if cards.is_empty() {
@@ -59,6 +95,7 @@ fn find(driver: &Path, visible: Option<&str>) -> Result<Vec<String>, String> {
 }
 
 /// The driver's cards in the order of their bus.
+#[cfg(any(test, not(feature = "cuda")))]
 fn cards(driver: &Path) -> Vec<Card> {
     let folders = fs::read_dir(driver.join("gpus"));
     let mut folders: Vec<_> = folders.into_iter().flatten().flatten().collect();

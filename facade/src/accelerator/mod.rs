@@ -34,6 +34,11 @@ pub use device::Device;
 pub use metal::Metal;
 pub use tpu::Tpu;
 
+use fabric_engine::{
+    comm::{Communicator, host::Host},
+    kernels,
+};
+
 use crate::{Error, Result};
 
 /// A kind of device. Those that Fabric knows are [`Cpu`], [`Cuda`], [`Metal`] and [`Tpu`]; [`register`] adds others.
@@ -58,6 +63,33 @@ pub trait Accelerator: Send + Sync {
     /// When they cannot: what is missing, as the end of a sentence.
     fn backend(&self) -> std::result::Result<(), String> {
         Ok(())
+    }
+
+    /// Open the device of this number for a rank: what its memory is, and the queue of work on it. `None` is the host's
+    /// memory, in which ranks then compute.
+    ///
+    /// # Errors
+    /// When it cannot be opened.
+    fn open(&self, index: usize) -> Result<Option<Arc<dyn kernels::Device>>> {
+        let _ = index;
+        Ok(None)
+    }
+
+    /// The communicator over the memory of `device`, of the ranks of `host`, which connects their hosts. All ranks call
+    /// this together.
+    ///
+    /// # Errors
+    /// When there is none.
+    fn connect(
+        &self,
+        host: Host,
+        device: &Arc<dyn kernels::Device>,
+    ) -> Result<Box<dyn Communicator>> {
+        let _ = host;
+        Err(Error::argument(
+            format!("nothing connects ranks over {} memory", device.memory()),
+            "Implement Accelerator::connect, or use one device",
+        ))
     }
 
     /// How many ranks `devices("auto")` starts where `found` devices are.
@@ -176,6 +208,12 @@ fn position(known: &Registry, name: &str) -> Option<usize> {
         known.name().eq_ignore_ascii_case(name)
             || aliases.any(|alias| alias.eq_ignore_ascii_case(name))
     })
+}
+
+/// The accelerator of this name.
+pub(crate) fn named(name: &str) -> Option<Arc<dyn Accelerator>> {
+    let known = registry();
+    position(&known, name).map(|index| known[index].clone())
 }
 
 /// Add an accelerator of your own; "auto" prefers it to those that were there.

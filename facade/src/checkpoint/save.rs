@@ -187,7 +187,7 @@ impl Fabric {
         let comm = self.comm()?;
         let mut slab = match rank {
             0 => Slab::zeroed(tensor.dtype, numel),
-            _ => comm.lock().alloc(tensor.dtype, numel)?,
+            _ => comm.lock().alloc_host(tensor.dtype, numel)?,
         };
         if rank == own {
             let read = contents.read(tensor, range, slab.part_mut(0..numel));

@@ -153,12 +153,12 @@ impl Fabric {
         Ok(self.comm()?.lock().recv(buffer, src)?)
     }
 
-    /// Memory that the ranks' wire reaches without a copy, for [`Fabric::submit`]. It is not cleared.
+    /// Memory of the host that the ranks' wire reaches without a copy, for [`Fabric::submit`]. It is not cleared.
     ///
     /// # Errors
     /// Before launch, or when there is no memory.
     pub fn alloc(&self, dtype: Dtype, numel: usize) -> Result<Slab> {
-        Ok(self.comm()?.lock().alloc(dtype, numel)?)
+        Ok(self.comm()?.lock().alloc_host(dtype, numel)?)
     }
 
     /// Begin any collective and return at once. It owns its memory, which [`Work::wait`] gives back; several may be in

@@ -116,7 +116,7 @@ impl Fabric {
         match place {
             Some(place) => world::as_rank(self, &place, body).map(Some),
             None if self.inner.resolved.world_size == 1 => {
-                *self.lock_world() = Some(World::solo()?);
+                *self.lock_world() = Some(World::solo(&self.inner.resolved)?);
                 let result = self.unless_it_panics(body);
                 self.leave(result.as_ref().err());
                 result.map(Some)

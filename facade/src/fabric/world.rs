@@ -15,12 +15,14 @@ use fabric_engine::{
         host::{Host, Options as HostOptions, Security},
         solo::Solo,
     },
+    kernels,
     rendezvous::{Control, Member, Options, Secret},
     shard::SharedComm,
 };
 
 use super::Fabric;
 use crate::{
+    accelerator::{self, Accelerator},
     environment::{self, Place},
     error::{Error, Result},
     launch,
@@ -44,8 +46,8 @@ pub(super) struct World {
 
 impl World {
     /// A world of one.
-    pub(super) fn solo() -> Result<Self> {
-        let solo = Solo::new(Clock::machine());
+    pub(super) fn solo(resolved: &Resolved) -> Result<Self> {
+        let solo = Solo::on(open(resolved, 0)?, Clock::machine());
         solo.trace().start();
         Ok(Self {
             rank: 0,
@@ -66,6 +68,7 @@ impl World {
         node_rank: usize,
     ) -> Result<Self> {
         let member = Arc::new(member);
+        let device = open(resolved, local_rank)?;
         let host = connect(&member, resolved)?;
         host.trace().start();
         let why = match host.reason() {
@@ -73,13 +76,17 @@ impl World {
             why => why,
         };
         let wire = Some((host.wire(), why.to_string()));
+        let comm = match device {
+            None => Box::new(host),
+            Some(device) => accelerator(resolved)?.connect(host, &device)?,
+        };
         Ok(Self {
             rank: member.rank(),
             size: member.world(),
             local_rank,
             node_rank,
             job_rank: member.rank(),
-            comm: SharedComm::new(Box::new(host)),
+            comm: SharedComm::new(comm),
             wire,
             control: Some(member.control().clone()),
         })
@@ -113,7 +120,25 @@ pub(super) fn is_from_peer(error: &Error) -> bool {
         .is_some_and(fabric_engine::Error::is_from_peer)
 }
 
-/// The communicator, over the wire that was asked for or the best one.
+fn accelerator(resolved: &Resolved) -> Result<Arc<dyn Accelerator>> {
+    let name = &resolved.accelerator;
+    accelerator::named(name).ok_or_else(|| {
+        Error::argument(
+            format!("the accelerator '{name}' was removed after it was chosen"),
+            "Register accelerators before Fabric is built, and keep them",
+        )
+    })
+}
+
+/// The device of this machine's rank number `local_rank`; `None` computes in the host's memory.
+fn open(resolved: &Resolved, local_rank: usize) -> Result<Option<Arc<dyn kernels::Device>>> {
+    match resolved.device(local_rank).index {
+        Some(index) => accelerator(resolved)?.open(index),
+        None => Ok(None),
+    }
+}
+
+/// The communicator between hosts, over the wire that was asked for or the best one.
 fn connect(member: &Arc<Member>, resolved: &Resolved) -> Result<Host> {
     let mut options = HostOptions {
         tuning: fabric_engine::comm::host::tuning()?,
@@ -229,7 +254,7 @@ impl Meeting {
 
     pub(super) fn join(&self, rank: usize, count: usize, resolved: &Resolved) -> Result<World> {
         if count == 1 {
-            return World::solo();
+            return World::solo(resolved);
         }
         let options = Options::new(rank, count, self.address, self.secret.clone());
         let listener = if rank == 0 {

@@ -42,7 +42,6 @@ use connect::Family;
 use messages::Messages;
 use queue::{Giver, Taker, queue};
 pub(super) use shape::check_shapes;
-#[cfg_attr(not(feature = "cuda"), expect(unused_imports))]
 pub(super) use shape::stamp;
 use shared::SharedMemory;
 /// The longest input, in bytes, that shared memory posts; longer ones are loaded whatever the tuning table says.
