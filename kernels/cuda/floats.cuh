@@ -70,7 +70,8 @@ template <class T> DEVICE float grow(u32 bits) {
 #endif
     // The digits in an f32's place have too small an exponent; a power of two, which is exact, makes up for it.
     const float small = float_of(magnitude << (23 - T::FRACTION)) * float_of((254 - T::BIAS) << 23);
-    const u32 special = INFINITE | (magnitude - T::SPECIAL + (Same<T, f8e4m3>::YES ? 1 : 0)) << (23 - T::FRACTION);
+    const u32 special =
+        Same<T, f8e4m3>::YES ? INFINITE | 1 : INFINITE | (magnitude - T::SPECIAL) << (23 - T::FRACTION);
     return float_of(sign | (magnitude >= T::SPECIAL ? special : bits_of(small)));
 }
 

@@ -19,17 +19,17 @@ MOVE(bf16, f16)
 MOVE(bf16, bf16)
 
 // One byte, of which V travel as they lie.
-struct byte {
+struct Byte {
     static const u32 SIZE = 1;
 };
 
 struct Copy {
-    typedef byte From;
-    typedef byte Into;
+    typedef Byte From;
+    typedef Byte Into;
     static const bool LOADS = true, READS = false;
     static const u32 VECTORS = 4, SINGLES = 4;
 
-    template <u32 V> METHOD Raw<V> run(Raw<V> source, Raw<V>, u64) const { return source; }
+    template <u32 V> METHOD Raw<V> run(const Raw<V>& source, const Raw<V>&, u64) const { return source; }
 };
 
 // As wide as source and target can be aligned together.

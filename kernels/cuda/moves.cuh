@@ -16,7 +16,7 @@ template <class A, class B> struct Scaled {
 
     METHOD void enter(u32) {}
 
-    template <u32 V> METHOD Raw<V * B::SIZE> run(Raw<V * A::SIZE> source, Raw<V * B::SIZE>, u64) const {
+    template <u32 V> METHOD Raw<V * B::SIZE> run(const Raw<V * A::SIZE>& source, const Raw<V * B::SIZE>&, u64) const {
         C x[V];
         decode<A, V>(source, x);
         UNROLL
