@@ -32,6 +32,7 @@
 #[macro_use]
 mod dispatch;
 
+mod block;
 mod cast;
 mod combine;
 #[cfg(feature = "cuda")]
@@ -53,6 +54,7 @@ mod span;
 #[cfg(test)]
 mod tests;
 
+pub use block::{dequantize, quantize};
 pub use cast::{cast, cast_scaled, divide, scale};
 pub use combine::{Finish, Store, combine};
 pub use device::{Device, batch, put_off};
