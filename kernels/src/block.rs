@@ -28,7 +28,7 @@ pub fn quantize(
     mut scales: SpanMut<'_>,
 ) -> Result<(), KernelError> {
     const OP: &str = "quantize";
-    on_host(OP, [from.memory(), into.memory(), scales.memory()])?;
+    on_host(OP, [from.device(), into.device(), scales.device()])?;
     same_length(OP, into.len(), from.len())?;
     check(OP, from.dtype(), into.dtype(), scales.as_span(), from.len())?;
     for (block, range) in blocks(from.len()).enumerate() {
@@ -50,7 +50,7 @@ pub fn dequantize(
     mut into: SpanMut<'_>,
 ) -> Result<(), KernelError> {
     const OP: &str = "dequantize";
-    on_host(OP, [from.memory(), into.memory(), scales.memory()])?;
+    on_host(OP, [from.device(), into.device(), scales.device()])?;
     same_length(OP, into.len(), from.len())?;
     check(OP, into.dtype(), from.dtype(), scales, from.len())?;
     for (block, range) in blocks(from.len()).enumerate() {

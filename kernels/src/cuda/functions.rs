@@ -31,10 +31,12 @@ static MODULES: &[Module] = &[
     module!("block"),
     module!("fill"),
     module!("fold"),
+    module!("fold_f8"),
     module!("move"),
     module!("move_f8"),
     module!("optim"),
     module!("squares"),
+    module!("stochastic"),
 ];
 
 /// The module of each kernel, as the PTX says.

@@ -9,13 +9,16 @@ use crate::{
 };
 
 /// Bytes of each of a kernel's arguments, if there is such a kernel.
-pub fn arguments(_kernel: &str) -> Option<&'static [usize]> {
-    None
+pub fn arguments(kernel: &str) -> Option<&'static [usize]> {
+    fabric_kernels_host::arguments(kernel)
 }
 
 /// Run a kernel on the caller's thread.
-pub fn launch(_kernel: &str, _grid: u32, _block: u32, _values: &mut [*mut c_void]) -> Result {
-    Err(Code::NOT_FOUND)
+pub fn launch(kernel: &str, grid: u32, block: u32, values: &mut [*mut c_void]) -> Result {
+    // SAFETY: `values` are as many as `arguments` says, each of its size; what they point to was looked at by `check`, and
+    // beyond that a kernel is as free to go wrong as on a device.
+    let run = unsafe { fabric_kernels_host::launch(kernel, grid, block, values.as_mut_ptr()) };
+    run.map_err(|_| Code::NOT_FOUND)
 }
 
 /// Whether a kernel's first argument, which is a pointer in all of them, is memory of one of these devices or the host.
