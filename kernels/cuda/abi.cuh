@@ -78,9 +78,15 @@ static_assert(sizeof(Move) == 32 && sizeof(Update) == 64 && sizeof(Blocks) == 48
 
 // KERNEL(name, (parameters), call) is one launchable instance; TEAM_KERNEL one whose threads wait for one another. The
 // shim for the host has its own.
+//
+// A multiprocessor shall hold at least RESIDENT blocks: 4 leave a thread 64 registers. Without a number ptxas goes below
+// that, and spills on the way.
+#ifndef RESIDENT
+#define RESIDENT 4
+#endif
 #ifndef KERNEL
 #define KERNEL(NAME, PARAMETERS, CALL) \
-    extern "C" __global__ void __launch_bounds__(256) NAME PARAMETERS { CALL; }
+    extern "C" __global__ void __launch_bounds__(256, RESIDENT) NAME PARAMETERS { CALL; }
 #define TEAM_KERNEL KERNEL
 #endif
 

@@ -1,5 +1,6 @@
 // Equal to kernels/src/scalar/optim.rs: update, word for word. One pass that un-scales the gradient, moves parameter and
 // states, and writes the compute copy, so that each is read and written once.
+#define RESIDENT 3 // adam has four rows and nine numbers to keep at hand
 #include "floats.cuh"
 
 DEVICE float root(float x) { return __fsqrt_rn(x); }

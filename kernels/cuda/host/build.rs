@@ -5,15 +5,26 @@ use std::{env, fs};
 
 fn main() {
     let folder = Path::new("..");
-    println!("cargo:rerun-if-changed=..");
-    println!("cargo:rerun-if-changed=shim.h");
-    println!("cargo:rerun-if-changed=shim.cpp");
-    let mut sources: Vec<PathBuf> = fs::read_dir(folder)
+    for file in ["build.rs", "shim.h", "shim.cpp"] {
+        println!("cargo:rerun-if-changed={file}");
+    }
+    let mut files: Vec<PathBuf> = fs::read_dir(folder)
         .expect("the folder above holds the kernels")
         .map(|entry| entry.expect("a readable folder").path())
-        .filter(|path| path.extension().is_some_and(|ending| ending == "cu"))
         .collect();
-    sources.sort();
+    files.sort();
+    let ending = |path: &Path, ending| path.extension().is_some_and(|found| found == ending);
+    // Not the folder: it holds this package, whose tests change more often than the kernels.
+    for file in files
+        .iter()
+        .filter(|path| ending(path, "cu") || ending(path, "cuh"))
+    {
+        println!("cargo:rerun-if-changed={}", file.display());
+    }
+    let sources: Vec<PathBuf> = files
+        .into_iter()
+        .filter(|path| ending(path, "cu"))
+        .collect();
     let names: Vec<String> = sources.iter().flat_map(|source| kernels(source)).collect();
     let table = PathBuf::from(env::var("OUT_DIR").expect("cargo sets it")).join("table.cpp");
     fs::write(&table, table_of(&names)).expect("a writable OUT_DIR");

@@ -3,43 +3,32 @@
 
 use fabric_kernels::scalar::{self, Float};
 
-use crate::table::{AROUND_CHUNK, CHUNK, GRIDS, Slots, launch, moves, offsets};
+use crate::table::{
+    AROUND_CHUNK, CHUNK, Case, GRIDS, Slots, every_length, launch, moves, offsets, parts,
+};
 use crate::values::{Dense, Stream, floats, for_float_pairs};
 
 fn name<A: Float, B: Float>() -> String {
     format!("move_{}_{}", A::DTYPE, B::DTYPE)
 }
 
-/// Runs the kernel over one table and compares all that it wrote.
 fn check_at<A: Float, B: Float>(
-    entries: &[&[A]],
+    from: &[&[A]],
     expected: &[&[B]],
-    (from, into): (usize, usize),
+    offsets: (usize, usize),
     grid: u32,
     scale: f64,
 ) {
-    let lengths: Vec<usize> = entries.iter().map(|entry| entry.len()).collect();
-    let mut source = Slots::of(entries, from);
-    let mut target = Slots::new::<B>(&lengths, into);
-    let addresses = source.addresses().into_iter().zip(target.addresses());
-    let (table, chunks) = moves(
-        addresses
-            .zip(&lengths)
-            .map(|((from, into), len)| (from, into, *len)),
-        CHUNK,
-    );
-    launch(
-        &name::<A, B>(),
+    Case {
+        kernel: &name::<A, B>(),
+        from,
+        before: None,
+        expected,
+        offsets,
         grid,
-        (&table, chunks),
-        &[bytemuck::bytes_of(&scale)],
-    );
-    target.expect(expected, || {
-        format!(
-            "{} * {scale} from + {from} into + {into}, grid {grid}",
-            name::<A, B>()
-        )
-    });
+        more: &[bytemuck::bytes_of(&scale)],
+    }
+    .check();
 }
 
 fn oracle<A: Float, B: Float>(source: &[A], scale: f64) -> Vec<B> {
@@ -53,9 +42,8 @@ fn check_lengths<A: Float, B: Float>() {
     let scale = 1.0 / 3.0;
     let source = floats::<A>(1, 3 * 257);
     let result = oracle::<A, B>(&source, scale);
-    let ranges: Vec<_> = (1..=257).map(|len| 2 * len..3 * len).collect();
-    let entries: Vec<&[A]> = ranges.iter().map(|range| &source[range.clone()]).collect();
-    let expected: Vec<&[B]> = ranges.iter().map(|range| &result[range.clone()]).collect();
+    let ranges = every_length();
+    let (entries, expected) = (parts(&source, &ranges), parts(&result, &ranges));
     for from in offsets::<A>() {
         for into in offsets::<B>() {
             check_at(

@@ -98,42 +98,44 @@ pub fn launch_with(kernel: &str, grid: u32, values: &[&[u8]]) {
 }
 
 /// Memory that begins at a multiple of 16 bytes.
-pub struct Room {
+struct Room {
     words: Vec<u128>,
 }
 
-/// What lies where nothing was written.
-const GUARD: u8 = 0xa5;
+/// What lies around targets, and around sources: other bytes, so that a guard that is copied is a guard broken.
+const TARGET_GUARD: u8 = 0xa5;
+const SOURCE_GUARD: u8 = 0x5a;
 
 impl Room {
     /// `bytes` of guards.
-    pub fn new(bytes: usize) -> Self {
-        let words = vec![u128::from_ne_bytes([GUARD; 16]); bytes.div_ceil(16) + 1];
+    fn new(bytes: usize, guard: u8) -> Self {
+        let words = vec![u128::from_ne_bytes([guard; 16]); bytes.div_ceil(16) + 1];
         Room { words }
     }
 
-    pub fn put<T: Element>(&mut self, at: usize, elements: &[T]) {
+    fn put<T: Element>(&mut self, at: usize, elements: &[T]) {
         let bytes: &[u8] = bytemuck::cast_slice(elements);
         self.bytes_mut()[at..at + bytes.len()].copy_from_slice(bytes);
     }
 
-    pub fn bytes(&self) -> &[u8] {
+    fn bytes(&self) -> &[u8] {
         bytemuck::cast_slice(&self.words)
     }
 
-    pub fn bytes_mut(&mut self) -> &mut [u8] {
+    fn bytes_mut(&mut self) -> &mut [u8] {
         bytemuck::cast_slice_mut(&mut self.words)
     }
 
     /// The address of a byte, for kernels to read and to write.
-    pub fn address(&mut self, at: usize) -> u64 {
+    fn address(&mut self, at: usize) -> u64 {
         (self.words.as_mut_ptr().expose_provenance() + at) as u64
     }
 }
 
 /// One piece of memory with a slot for each entry of a table, guards between them.
 pub struct Slots {
-    pub room: Room,
+    room: Room,
+    guard: u8,
     size: usize,
     /// Byte at which each begins, and elements.
     slots: Vec<(usize, usize)>,
@@ -142,6 +144,10 @@ pub struct Slots {
 impl Slots {
     /// A slot for each length, each beginning `offset` elements behind a multiple of 16 bytes.
     pub fn new<T: Element>(lengths: &[usize], offset: usize) -> Self {
+        Self::guarded::<T>(lengths, offset, TARGET_GUARD)
+    }
+
+    fn guarded<T: Element>(lengths: &[usize], offset: usize, guard: u8) -> Self {
         let size = size_of::<T>();
         let (mut slots, mut end) = (Vec::new(), 16);
         for &len in lengths {
@@ -149,14 +155,18 @@ impl Slots {
             // At least 16 bytes between the end of one and the begin of the next.
             end = (end + (offset + len) * size).next_multiple_of(16) + 16;
         }
-        let room = Room::new(end);
-        Slots { room, size, slots }
+        let room = Room::new(end, guard);
+        Slots {
+            room,
+            guard,
+            size,
+            slots,
+        }
     }
 
     /// As `new`, holding the elements of each entry.
     pub fn of<T: Element>(entries: &[&[T]], offset: usize) -> Self {
-        let lengths: Vec<usize> = entries.iter().map(|entry| entry.len()).collect();
-        let mut slots = Self::new::<T>(&lengths, offset);
+        let mut slots = Self::guarded::<T>(&lengths(entries), offset, SOURCE_GUARD);
         for (index, entry) in entries.iter().enumerate() {
             let at = slots.slots[index].0;
             slots.room.put(at, entry);
@@ -180,6 +190,12 @@ impl Slots {
     pub fn expect_bytes<T: Element>(&self, expected: &[&[T]], what: impl Fn() -> String) {
         let equal = |a: T, b: T| bytemuck::bytes_of(&a) == bytemuck::bytes_of(&b);
         self.expect_that(expected, equal, &what);
+    }
+
+    /// Fails where anything at all was written.
+    #[track_caller]
+    pub fn expect_untouched(&self, what: impl Fn() -> String) {
+        self.expect_guard(0, self.room.bytes().len(), &what);
     }
 
     #[track_caller]
@@ -217,7 +233,7 @@ impl Slots {
     fn expect_guard(&self, from: usize, to: usize, what: &impl Fn() -> String) {
         let broken = self.room.bytes()[from..to]
             .iter()
-            .position(|byte| *byte != GUARD);
+            .position(|byte| *byte != self.guard);
         assert_eq!(
             broken,
             None,
@@ -235,4 +251,53 @@ pub fn same<T: Float>(a: T, b: T) -> bool {
 /// Element offsets that change where a span lies between two multiples of 16 bytes.
 pub fn offsets<T: Element>() -> std::ops::Range<usize> {
     0..16 / size_of::<T>()
+}
+
+pub fn lengths<T>(entries: &[&[T]]) -> Vec<usize> {
+    entries.iter().map(|entry| entry.len()).collect()
+}
+
+/// For every length from 1 to 257, in a row of 3 * 257 elements, where an entry of this length lies.
+pub fn every_length() -> Vec<std::ops::Range<usize>> {
+    (1..=257).map(|len| 2 * len..3 * len).collect()
+}
+
+/// The parts of a row of elements.
+pub fn parts<'a, T>(row: &'a [T], ranges: &[std::ops::Range<usize>]) -> Vec<&'a [T]> {
+    ranges.iter().map(|range| &row[range.clone()]).collect()
+}
+
+/// One launch of a kernel over a table of moves, and what it should have written.
+pub struct Case<'a, A, B> {
+    pub kernel: &'a str,
+    pub from: &'a [&'a [A]],
+    /// What the targets hold before, where the kernel reads them.
+    pub before: Option<&'a [&'a [B]]>,
+    pub expected: &'a [&'a [B]],
+    /// Element offsets of source and target.
+    pub offsets: (usize, usize),
+    pub grid: u32,
+    /// The arguments behind the table's.
+    pub more: &'a [&'a [u8]],
+}
+
+impl<A: Element, B: Float> Case<'_, A, B> {
+    #[track_caller]
+    pub fn check(&self) {
+        let lengths = lengths(self.from);
+        let mut source = Slots::of(self.from, self.offsets.0);
+        let mut target = match self.before {
+            None => Slots::new::<B>(&lengths, self.offsets.1),
+            Some(before) => Slots::of(before, self.offsets.1),
+        };
+        let addresses = source.addresses().into_iter().zip(target.addresses());
+        let entries = addresses
+            .zip(lengths)
+            .map(|((from, into), len)| (from, into, len));
+        let (table, chunks) = moves(entries, CHUNK);
+        launch(self.kernel, self.grid, (&table, chunks), self.more);
+        target.expect(self.expected, || {
+            format!("{} at {:?}, grid {}", self.kernel, self.offsets, self.grid)
+        });
+    }
 }

@@ -127,4 +127,13 @@ macro_rules! for_float_pairs {
     )*};
 }
 
-pub(crate) use for_float_pairs;
+/// Calls `$check::<T>()` for all six float types.
+macro_rules! for_floats {
+    ($check:ident) => {
+        $crate::values::for_floats!($check; f64, f32, half::f16, half::bf16, fabric_kernels::F8E4M3,
+            fabric_kernels::F8E5M2)
+    };
+    ($check:ident; $($t:ty),*) => {$( $check::<$t>(); )*};
+}
+
+pub(crate) use {for_float_pairs, for_floats};
