@@ -1,8 +1,9 @@
 //! f8 with one scale for each 128 elements: a quarter of the memory of f32, and a range that follows the elements.
 
 use crate::cast::cast;
+use crate::device::{Task, place};
 use crate::dtype::{Dtype, Element, F8E4M3, F8E5M2};
-use crate::error::{KernelError, on_host, same_length};
+use crate::error::{KernelError, same_length, together};
 use crate::scalar::{BLOCK, Float, dequantize_block, quantize_block};
 use crate::span::{Span, SpanMut};
 
@@ -28,9 +29,12 @@ pub fn quantize(
     mut scales: SpanMut<'_>,
 ) -> Result<(), KernelError> {
     const OP: &str = "quantize";
-    on_host(OP, [from.device(), into.device(), scales.device()])?;
     same_length(OP, into.len(), from.len())?;
     check(OP, from.dtype(), into.dtype(), scales.as_span(), from.len())?;
+    if let Some(device) = place([into.device(), from.device(), scales.device()]) {
+        together(OP, [from.memory(), into.memory(), scales.memory()])?;
+        return device.run(Task::Quantize { from, into, scales });
+    }
     for (block, range) in blocks(from.len()).enumerate() {
         let (from, into) = (from.slice(range.clone()), into.slice(range));
         let scale = match into.dtype() {
@@ -50,9 +54,12 @@ pub fn dequantize(
     mut into: SpanMut<'_>,
 ) -> Result<(), KernelError> {
     const OP: &str = "dequantize";
-    on_host(OP, [from.device(), into.device(), scales.device()])?;
     same_length(OP, into.len(), from.len())?;
     check(OP, into.dtype(), from.dtype(), scales, from.len())?;
+    if let Some(device) = place([into.device(), from.device(), scales.device()]) {
+        together(OP, [from.memory(), into.memory(), scales.memory()])?;
+        return device.run(Task::Dequantize { from, scales, into });
+    }
     for (block, range) in blocks(from.len()).enumerate() {
         let mut scale = [0.0f32];
         cast(scales.slice(block..block + 1), SpanMut::of(&mut scale))?;

@@ -112,6 +112,34 @@ pub enum Task<'a> {
         /// What to multiply by, in the accumulator type.
         factor: f64,
     },
+    /// `into = from * factor`, rounded by chance: [`cast_stochastic`](crate::cast_stochastic()). All pairs are of the same two
+    /// dtypes.
+    Round {
+        /// The sources and their targets.
+        pairs: Vec<(Span<'a>, SpanMut<'a>)>,
+        /// What to multiply by.
+        factor: f64,
+        /// What decides the chance.
+        seed: u64,
+    },
+    /// [`quantize`](crate::quantize()).
+    Quantize {
+        /// The source.
+        from: Span<'a>,
+        /// The target.
+        into: SpanMut<'a>,
+        /// A scale for each block.
+        scales: SpanMut<'a>,
+    },
+    /// [`dequantize`](crate::dequantize()).
+    Dequantize {
+        /// The source.
+        from: Span<'a>,
+        /// A scale for each block.
+        scales: Span<'a>,
+        /// The target.
+        into: SpanMut<'a>,
+    },
     /// `x *= factor`, in place.
     Scale {
         /// What is changed.
@@ -167,6 +195,9 @@ impl Task<'_> {
         match self {
             Task::Move { factor: 1.0, .. } => "cast",
             Task::Move { .. } => "cast_scaled",
+            Task::Round { .. } => "cast_stochastic",
+            Task::Quantize { .. } => "quantize",
+            Task::Dequantize { .. } => "dequantize",
             Task::Scale { .. } => "scale",
             Task::Fold { .. } => "fold",
             Task::Fill { .. } => "fill",

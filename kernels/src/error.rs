@@ -168,6 +168,18 @@ pub(crate) fn same_length(op: &'static str, into: usize, from: usize) -> Result<
     }
 }
 
+/// Refuses memories that are not all one.
+pub(crate) fn together<const N: usize>(
+    op: &'static str,
+    memories: [Memory; N],
+) -> Result<(), KernelError> {
+    let memory = memories[0];
+    match memories.into_iter().find(|other| *other != memory) {
+        None => Ok(()),
+        Some(other) => Err(KernelError::Apart { op, memory, other }),
+    }
+}
+
 /// Refuses the first span that does not lie on the host.
 pub(crate) fn on_host<const N: usize>(
     op: &'static str,

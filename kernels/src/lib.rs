@@ -46,6 +46,7 @@ mod fill;
 mod fold;
 mod norm;
 mod optim;
+mod round;
 pub mod scalar;
 #[allow(unsafe_code)]
 mod simd;
@@ -65,5 +66,6 @@ pub use fill::{clamp, fill};
 pub use fold::{Fold, fold};
 pub use norm::{SumSquares, sum_squares};
 pub use optim::{Adam, Lion, Rule, Sgd, update};
+pub use round::cast_stochastic;
 pub use simd::instruction_set;
 pub use span::{Span, SpanMut};

@@ -48,6 +48,24 @@ pub struct Update {
     pub unused: u64,
 }
 
+/// Elements and their scales.
+#[repr(C)]
+#[derive(Copy, Clone, Debug, Default, Pod, Zeroable)]
+pub struct Blocks {
+    /// Address of the source.
+    pub from: u64,
+    /// Address of the target.
+    pub into: u64,
+    /// Address of the scales.
+    pub scales: u64,
+    /// Elements.
+    pub numel: u64,
+    /// Number of the first chunk.
+    pub first: u64,
+    /// Nothing.
+    pub unused: u64,
+}
+
 /// An optimizer's numbers, by value; `abi.cuh` says what each rule calls them.
 #[repr(C)]
 #[derive(Copy, Clone, Debug, Default, PartialEq, Pod, Zeroable)]
@@ -94,4 +112,4 @@ pub const FLAG_MOMENTUM: u32 = 8;
 pub const FLAG_DECOUPLED: u32 = 16;
 
 const _: () = assert!(size_of::<Move>() == 32 && size_of::<Update>() == 64);
-const _: () = assert!(size_of::<Rule>() == 96);
+const _: () = assert!(size_of::<Rule>() == 96 && size_of::<Blocks>() == 48);

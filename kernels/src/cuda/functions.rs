@@ -28,12 +28,12 @@ macro_rules! module {
 }
 
 static MODULES: &[Module] = &[
-    module!("block"),
+    module!("block", 9 => "block.sm_90", 10 => "block.sm_100"),
     module!("fill"),
     module!("fold"),
     module!("fold_f8"),
     module!("move"),
-    module!("move_f8"),
+    module!("move_f8", 9 => "move_f8.sm_90", 10 => "move_f8.sm_100"),
     module!("optim"),
     module!("squares"),
     module!("stochastic"),

@@ -167,12 +167,22 @@ impl Pending {
 
     /// Give everything to the driver, then let go what was kept.
     pub(super) fn launch(self, queue: &Queue) -> Result<(), KernelError> {
+        self.launch_then(queue, || Ok(()))
+    }
+
+    /// The same, and before other queues go on, `more`.
+    pub(super) fn launch_then(
+        self,
+        queue: &Queue,
+        more: impl FnOnce() -> Result<(), KernelError>,
+    ) -> Result<(), KernelError> {
         for other in &self.others {
             queue.wait_for(&*other.moment()?)?;
         }
         self.launches
             .iter()
             .try_for_each(|launch| launch.go(queue))?;
+        more()?;
         if let Some((first, rest)) = self.others.split_first() {
             let moment = queue.moment()?;
             first.wait_for(&*moment)?;

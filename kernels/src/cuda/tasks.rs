@@ -24,6 +24,19 @@ impl Queue {
     pub(super) fn enter(&self, task: Task<'_>) -> Result<(), KernelError> {
         match task {
             Task::Move { from, into, factor } => self.enter_move(from, into, factor),
+            Task::Round {
+                pairs,
+                factor,
+                seed,
+            } => self.round(pairs, factor, seed),
+            Task::Quantize { from, into, scales } => {
+                let name = format!("quantize_{}_{}", from.dtype(), into.dtype());
+                self.in_blocks(&name, from, into.as_span(), scales.as_span())
+            }
+            Task::Dequantize { from, scales, into } => {
+                let name = format!("dequantize_{}_{}", from.dtype(), into.dtype());
+                self.in_blocks(&name, from, into.as_span(), scales)
+            }
             Task::Scale { x, factor } => {
                 let (from, into) = (x.dtype(), x.dtype());
                 let kernel = Kernel::Move { from, into, factor };
@@ -196,6 +209,98 @@ impl Queue {
         others.iter().try_for_each(|other| self.beside(*other))?;
         self.pending().add(kernel, entry, ranges);
         Ok(())
+    }
+
+    /// Round pairs by chance, in one launch: they are numbered by their places in the table.
+    fn round(
+        &self,
+        pairs: Vec<(Span<'_>, SpanMut<'_>)>,
+        factor: f64,
+        seed: u64,
+    ) -> Result<(), KernelError> {
+        let Some((from, into)) = pairs.first() else {
+            return Ok(());
+        };
+        let name = format!("stochastic_{}_{}", from.dtype(), into.dtype());
+        let (mut table, mut chunks) = (Vec::new(), 0);
+        for (from, into) in &pairs {
+            self.beside(from.device())?;
+            self.beside(into.device())?;
+            let numel = from.len() as u64;
+            table.push(abi::Move {
+                from: address(*from),
+                into: address(into.as_span()),
+                numel,
+                first: chunks,
+            });
+            chunks += numel.div_ceil(abi::CHUNK);
+        }
+        let (mut factor, mut seed) = (factor, seed);
+        let scalars = [(&raw mut factor).cast(), (&raw mut seed).cast()];
+        self.launch_apart(
+            &name,
+            bytemuck::cast_slice(&table),
+            pairs.len(),
+            chunks,
+            &scalars,
+        )
+    }
+
+    /// Launch a kernel over elements and their scales.
+    fn in_blocks(
+        &self,
+        name: &str,
+        from: Span<'_>,
+        into: Span<'_>,
+        scales: Span<'_>,
+    ) -> Result<(), KernelError> {
+        if from.is_empty() {
+            return Ok(());
+        }
+        let spans = [from, into, scales];
+        spans
+            .iter()
+            .try_for_each(|span| self.beside(span.device()))?;
+        let numel = from.len() as u64;
+        let table = [abi::Blocks {
+            from: address(from),
+            into: address(into),
+            scales: address(scales),
+            numel,
+            ..abi::Blocks::default()
+        }];
+        let chunks = numel.div_ceil(abi::CHUNK);
+        self.launch_apart(name, bytemuck::cast_slice(&table), 1, chunks, &[])
+    }
+
+    /// Launch a kernel over a table of its own, after all that waits, in order with the queues that were noted.
+    fn launch_apart(
+        &self,
+        name: &str,
+        table: &[u8],
+        count: usize,
+        chunks: u64,
+        scalars: &[*mut c_void],
+    ) -> Result<(), KernelError> {
+        let waiting = std::mem::take(&mut *self.pending());
+        waiting.launch_then(self, || {
+            let table = upload(self, table)?;
+            let mut address = table.address() as u64;
+            let mut count = u32::try_from(count).expect("fewer entries than 2^32");
+            let mut chunks = chunks;
+            let mut arguments: Vec<*mut c_void> = vec![
+                (&raw mut address).cast(),
+                (&raw mut count).cast(),
+                (&raw mut chunks).cast(),
+            ];
+            arguments.extend(scalars);
+            // SAFETY: these are the kernel's arguments, which live during the call; the memory is lent by spans, and freed in
+            // the order of its queues. Test: `tests/gpu`, queues.
+            unsafe {
+                self.functions()
+                    .launch(name, chunks, self.raw(), &mut arguments)
+            }
+        })
     }
 
     /// Call `f` with the span in this device's memory: where it lies, or brought there for a moment.

@@ -342,3 +342,66 @@ fn a_failed_launch_is_told_once_and_names_the_kernel() {
         assert!(text.contains("last checkpoint"), "{text}");
     });
 }
+
+#[test]
+fn rounding_by_chance_and_scaled_blocks_have_the_bits_of_the_host() {
+    with_fakes(&[], || {
+        let queue = Queue::open(0).unwrap();
+        let sizes = [9000usize, 1, 300];
+        let values: Vec<Vec<f32>> = sizes.iter().map(|numel| ramp(*numel)).collect();
+        let there: Vec<Slab> = values.iter().map(|x| up(&queue, x)).collect();
+        let mut host: Vec<Vec<bf16>> = sizes.iter().map(|numel| vec![bf16::ZERO; *numel]).collect();
+        let mut small: Vec<Slab> = sizes
+            .iter()
+            .map(|numel| on(&queue, Dtype::BF16, *numel))
+            .collect();
+        let pairs = values.iter().zip(&mut host);
+        let pairs = pairs.map(|(from, into)| (Span::of(&from[..]), SpanMut::of(&mut into[..])));
+        kernels::cast_stochastic(pairs.collect(), 0.7, 99).unwrap();
+        let before = fakes::calls("cuLaunchKernel");
+        let pairs = there.iter().zip(&mut small).zip(sizes);
+        let pairs =
+            pairs.map(|((from, into), numel)| (from.part(0..numel), into.part_mut(0..numel)));
+        kernels::cast_stochastic(pairs.collect(), 0.7, 99).unwrap();
+        assert_eq!(fakes::calls("cuLaunchKernel") - before, 1);
+        for (host, small) in host.iter().zip(&small) {
+            assert_eq!(down::<bf16>(small), *host);
+        }
+
+        let (numel, blocks) = (9000, 9000usize.div_ceil(128));
+        let (mut codes, mut scales) = (vec![kernels::F8E4M3(0); numel], vec![0f32; blocks]);
+        kernels::quantize(
+            Span::of(&values[0]),
+            SpanMut::of(&mut codes),
+            SpanMut::of(&mut scales),
+        )
+        .unwrap();
+        let (mut f8, mut f32s) = (
+            on(&queue, Dtype::F8E4M3, numel),
+            on(&queue, Dtype::F32, blocks),
+        );
+        kernels::quantize(
+            there[0].part(0..numel),
+            f8.part_mut(0..numel),
+            f32s.part_mut(0..blocks),
+        )
+        .unwrap();
+        assert_eq!(down::<kernels::F8E4M3>(&f8), codes);
+        assert_eq!(down::<f32>(&f32s), scales);
+        let (mut back, mut wide) = (vec![0f32; numel], on(&queue, Dtype::F32, numel));
+        kernels::dequantize(Span::of(&codes), Span::of(&scales), SpanMut::of(&mut back)).unwrap();
+        kernels::dequantize(
+            f8.part(0..numel),
+            f32s.part(0..blocks),
+            wide.part_mut(0..numel),
+        )
+        .unwrap();
+        assert_eq!(down::<f32>(&wide), back);
+        let apart = kernels::quantize(
+            there[0].part(0..numel),
+            f8.part_mut(0..numel),
+            SpanMut::of(&mut scales),
+        );
+        assert!(apart.unwrap_err().to_string().contains("memory"));
+    });
+}
