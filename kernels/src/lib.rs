@@ -32,6 +32,7 @@
 #[macro_use]
 mod dispatch;
 
+mod block;
 mod cast;
 mod combine;
 mod dtype;
@@ -49,6 +50,7 @@ mod span;
 #[cfg(test)]
 mod tests;
 
+pub use block::{dequantize, quantize};
 pub use cast::{cast, cast_scaled, divide, scale};
 pub use combine::{Finish, Store, combine};
 pub use dtype::{Bool, Dtype, Element, F8E4M3, F8E5M2, Memory};
