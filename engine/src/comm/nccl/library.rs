@@ -3,6 +3,7 @@
 use std::{
     ffi::{CStr, OsString},
     mem::ManuallyDrop,
+    path::Path,
     sync::{Arc, Mutex},
 };
 
@@ -68,6 +69,14 @@ impl Library {
         Ok(loaded.insert(library).clone())
     }
 
+    /// The library in this file, whatever else is loaded.
+    ///
+    /// # Errors
+    /// As [`Library::load`].
+    pub fn open(path: impl AsRef<Path>) -> Result<Arc<Self>> {
+        Self::first(&[path.as_ref().into()], INSTALL.to_string()).map(Arc::new)
+    }
+
     /// Its version.
     pub fn version(&self) -> Version {
         self.version
@@ -78,20 +87,24 @@ impl Library {
         &self.name
     }
 
+    /// What the variable names, or else what the loader finds.
     fn find(asked: Option<OsString>) -> Result<Self> {
-        let asked = asked.filter(|path| !path.is_empty());
-        let (names, hint) = match asked {
+        match asked.filter(|path| !path.is_empty()) {
             Some(path) => {
                 let hint = format!("{FABRIC_NCCL} names it: correct or unset it. {INSTALL}");
-                (vec![path], hint)
+                Self::first(&[path], hint)
             }
-            None => (NAMES.map(OsString::from).to_vec(), INSTALL.to_string()),
-        };
+            None => Self::first(&NAMES.map(OsString::from), INSTALL.to_string()),
+        }
+    }
+
+    /// The first of these that the loader finds.
+    fn first(names: &[OsString], hint: String) -> Result<Self> {
         let mut said = Vec::new();
         for name in names {
             // SAFETY: NCCL's initialisers only read the environment; a file that is no NCCL is what the user asked for.
-            match unsafe { libloading::Library::new(&name) } {
-                Ok(handle) => return Self::open(handle, name.to_string_lossy().into_owned(), hint),
+            match unsafe { libloading::Library::new(name) } {
+                Ok(handle) => return Self::of(handle, name.to_string_lossy().into_owned(), hint),
                 Err(error) => said.push(format!("{}: {}", name.display(), chain(&error))),
             }
         }
@@ -101,7 +114,7 @@ impl Library {
         ))
     }
 
-    fn open(handle: libloading::Library, name: String, hint: String) -> Result<Self> {
+    fn of(handle: libloading::Library, name: String, hint: String) -> Result<Self> {
         let functions = Functions::resolve(&handle).map_err(|symbol| {
             let what = format!("{name} has no {symbol}, so it is no NCCL from {OLDEST} on");
             missing(what, hint.clone())

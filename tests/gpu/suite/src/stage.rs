@@ -47,17 +47,16 @@ pub fn with_fakes<F: FnOnce()>(settings: &[(&str, &str)], body: F) {
     );
 }
 
-/// This test once more, as another process on the same stage, with these variables besides: a rank of its own.
+/// The test of this name once more, as another process on the same stage, with these variables besides: a rank of its
+/// own.
 ///
 /// # Panics
 /// When there is no stage, or the process cannot be started.
-pub fn another<F: FnOnce()>(body: &F, settings: &[(&str, &str)]) -> Child {
+pub fn another(test: &str, settings: &[(&str, &str)]) -> Child {
     assert!(std::env::var_os(MARK).is_some(), "only on the stage");
-    let mut command = again(&test_name(type_name_of_val(body)));
-    command
-        .envs(settings.iter().copied())
-        .spawn()
-        .expect("the test runs again")
+    let mut command = again(test);
+    command.envs(settings.iter().copied());
+    command.spawn().expect("the test runs again")
 }
 
 /// Wait for a process: whether it ended well, and what it said. It is stopped after `patience`.
@@ -137,7 +136,7 @@ fn path(folder: &Path) -> std::ffi::OsString {
 
 fn link(folder: &Path) {
     for (built, names) in LINKS {
-        let Some(library) = find(built) else { continue };
+        let library = find(built);
         for name in names {
             symlink(&library, folder.join(name)).expect("a link");
         }
@@ -145,9 +144,10 @@ fn link(folder: &Path) {
 }
 
 /// A library that was built with this executable, which is in `deps` or in a folder beside it.
-fn find(name: &str) -> Option<PathBuf> {
+fn find(name: &str) -> PathBuf {
     let executable = std::env::current_exe().expect("this executable");
     let near = executable.ancestors().skip(1).take(3);
     let places = near.flat_map(|folder| [folder.join("deps").join(name), folder.join(name)]);
-    places.into_iter().find(|place| place.exists())
+    let found = places.into_iter().find(|place| place.exists());
+    found.unwrap_or_else(|| panic!("{name} was not built beside {}", executable.display()))
 }

@@ -101,10 +101,8 @@ fn memory_is_counted_limited_poisoned_and_freed_once() {
         let pointer = pointer(&fresh);
         drop(fresh);
         // SAFETY: the driver is to refuse it.
-        assert_eq!(
-            code(unsafe { result::free_async(pointer, stream.cu_stream()) }),
-            1
-        );
+        let again = unsafe { result::free_async(pointer, stream.cu_stream()) };
+        assert_eq!(code(again), 1);
         stream.synchronize().unwrap();
         assert_eq!(fakes::live(1), 0);
         // SAFETY: as above.
