@@ -188,8 +188,10 @@ template <u32 BYTES> DEVICE Raw<BYTES> load(u64 address) {
         asm volatile("ld.global.u8 %0, [%1];" : "=r"(raw.word[0]) : "l"(from) : "memory");
     }
 #else
+    // A device faults here; so shall the processor, which would not care.
+    if (address % BYTES != 0) __builtin_trap();
     raw.word[0] = 0;
-    __builtin_memcpy(raw.word, __builtin_assume_aligned((const void*)address, BYTES), BYTES);
+    __builtin_memcpy(raw.word, (const void*)address, BYTES);
 #endif
     return raw;
 }
@@ -211,7 +213,8 @@ template <u32 BYTES> DEVICE void store(u64 address, const Raw<BYTES>& raw) {
         asm volatile("st.global.u8 [%0], %1;" ::"l"(into), "r"(raw.word[0]) : "memory");
     }
 #else
-    __builtin_memcpy(__builtin_assume_aligned((void*)address, BYTES), raw.word, BYTES);
+    if (address % BYTES != 0) __builtin_trap();
+    __builtin_memcpy((void*)address, raw.word, BYTES);
 #endif
 }
 

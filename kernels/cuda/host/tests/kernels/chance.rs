@@ -99,6 +99,25 @@ fn every_small_value_and_every_kind_of_large_one_equals_the_oracle() {
     for_pairs!(check);
 }
 
+/// Where the random number is the fraction itself, or one less: the choice goes from down to up.
+#[test]
+fn the_last_number_that_goes_up_is_below_the_fraction() {
+    let seed = 11;
+    // 16 bits of an f32 go on the way to bf16, so these are the numbers that a fraction can equal.
+    let whole = |element: &u64| scalar::random_bits(seed, 0, *element) & 0xffff == 0;
+    let elements: Vec<u64> = (0..1 << 19).filter(whole).collect();
+    assert!(elements.len() > 2, "of 2^19 about 8 are expected");
+    let mut source = vec![1.0f32; 1 << 19];
+    for above in [0, 1] {
+        for element in &elements {
+            let fraction = (scalar::random_bits(seed, 0, *element) >> 16) + above;
+            source[*element as usize] = f32::from_bits(1.0f32.to_bits() + fraction);
+        }
+        let places = std::iter::once(((0, 0), 3));
+        check_all::<f32, bf16>(&[&source], (1.0, seed), places);
+    }
+}
+
 /// The mean of 2^17 roundings of one number, of its own accord.
 #[test]
 fn the_mean_of_what_was_rounded_is_the_value() {
