@@ -182,6 +182,7 @@ fn unsafe_code_stays_in_its_rooms() {
         [
             "kernels/src/simd",
             "kernels/src/cuda",
+            "kernels/cuda/host",
             "engine/src/wire/shm",
             "engine/src/comm/nccl",
             "engine/src/comm/mpi",

@@ -80,13 +80,23 @@ pub(super) struct Recorded {
     pub(super) event: CudaEvent,
 }
 
+impl Recorded {
+    /// Whoever asks may be a thread that never used the device.
+    fn bind(&self) -> Result<(), KernelError> {
+        let bound = self.event.context().bind_to_thread();
+        bound.map_err(refused(self.ordinal, "use the device"))
+    }
+}
+
 impl Moment for Recorded {
     fn is_past(&self) -> Result<bool, KernelError> {
+        self.bind()?;
         let past = self.event.try_is_complete();
         past.map_err(refused(self.ordinal, "ask whether work is done"))
     }
 
     fn block(&self) -> Result<(), KernelError> {
+        self.bind()?;
         let done = self.event.synchronize();
         done.map_err(refused(self.ordinal, "wait for work"))
     }

@@ -237,3 +237,106 @@ fn failures_come_through_with_their_output() {
 fn always_fails() {
     with_fakes(&[], || panic!("the reason for it"));
 }
+
+/// `Move` in `kernels/cuda/abi.cuh`.
+fn table(from: u64, into: u64, numel: u64) -> Vec<u8> {
+    [from, into, numel, 0]
+        .iter()
+        .flat_map(|word| word.to_ne_bytes())
+        .collect()
+}
+
+fn load(name: &std::ffi::CStr) -> sys::CUfunction {
+    let text = format!(".visible .entry {}(\n", name.to_str().unwrap());
+    let text = std::ffi::CString::new(text).unwrap();
+    // SAFETY: the image is a text that ends.
+    let module = unsafe { result::module::load_data(text.as_ptr().cast()) }.unwrap();
+    // SAFETY: the module was just loaded.
+    unsafe { result::module::get_function(module, name.into()) }.unwrap()
+}
+
+fn launch(function: sys::CUfunction, stream: &CudaStream, table: u64, mut scale: f64) -> i32 {
+    let (mut table, mut count, mut chunks) = (table, 1u32, 1u64);
+    let mut arguments = [
+        (&raw mut table).cast(),
+        (&raw mut count).cast(),
+        (&raw mut chunks).cast(),
+        (&raw mut scale).cast(),
+    ];
+    // SAFETY: the arguments of a move, which are copied before this returns.
+    code(unsafe {
+        result::launch_kernel(
+            function,
+            (3, 1, 1),
+            (256, 1, 1),
+            0,
+            stream.cu_stream(),
+            &mut arguments,
+        )
+    })
+}
+
+#[test]
+fn kernels_run_in_stream_order_on_the_memory_that_their_tables_name() {
+    with_fakes(&[], || {
+        let context = CudaContext::new(0).unwrap();
+        let stream = context.new_stream().unwrap();
+        let function = load(c"move_f32_f64");
+        let numel = 5000;
+        let values: Vec<f32> = (0..numel).map(|i| i as f32).collect();
+        let from = stream.clone_htod(&values).unwrap();
+        let into = stream.alloc_zeros::<f64>(numel).unwrap();
+        let own = table(pointer(&from), pointer(&into), numel as u64);
+        let entries = stream.clone_htod(&own).unwrap();
+        assert_eq!(launch(function, &stream, pointer(&entries), 0.5), 0);
+        let right: Vec<f64> = values.iter().map(|value| f64::from(*value) / 2.0).collect();
+        assert_eq!(stream.clone_dtoh(&into).unwrap(), right);
+        assert_eq!(fakes::calls("cuLaunchKernel"), 1);
+    });
+}
+
+#[test]
+fn a_kernel_whose_table_leads_astray_breaks_the_context() {
+    with_fakes(&[], || {
+        let context = CudaContext::new(0).unwrap();
+        let stream = context.new_stream().unwrap();
+        let function = load(c"move_f32_f32");
+        let slice = stream.clone_htod(&[0f32; 64]).unwrap();
+        let own = table(pointer(&slice), pointer(&slice), 65);
+        let entries = stream.clone_htod(&own).unwrap();
+        assert_eq!(launch(function, &stream, pointer(&entries), 1.0), 0);
+        assert_eq!(code(stream.synchronize()), 700);
+        assert_eq!(launch(function, &stream, pointer(&entries), 1.0), 700);
+        std::mem::forget((slice, entries)); // their frees would fail too
+    });
+}
+
+#[test]
+fn a_kernel_does_not_touch_another_device_unless_it_may() {
+    with_fakes(&[], || {
+        let contexts = [CudaContext::new(0).unwrap(), CudaContext::new(1).unwrap()];
+        let streams = contexts
+            .each_ref()
+            .map(|context| context.new_stream().unwrap());
+        let there = streams[1].clone_htod(&[3f32; 8]).unwrap();
+        streams[1].synchronize().unwrap();
+        contexts[0].bind_to_thread().unwrap();
+        // SAFETY: both contexts are alive.
+        let enabled = unsafe { sys::cuCtxEnablePeerAccess(contexts[1].cu_ctx(), 0) };
+        assert_eq!(enabled as i32, 0);
+        let function = load(c"move_f32_f32");
+        let here = streams[0].alloc_zeros::<f32>(8).unwrap();
+        let entries = streams[0]
+            .clone_htod(&table(pointer(&there), pointer(&here), 8))
+            .unwrap();
+        contexts[0].bind_to_thread().unwrap();
+        assert_eq!(launch(function, &streams[0], pointer(&entries), 2.0), 0);
+        assert_eq!(streams[0].clone_dtoh(&here).unwrap(), [6.0; 8]);
+        // SAFETY: as above.
+        let disabled = unsafe { sys::cuCtxDisablePeerAccess(contexts[1].cu_ctx()) };
+        assert_eq!(disabled as i32, 0);
+        assert_eq!(launch(function, &streams[0], pointer(&entries), 2.0), 0);
+        assert_eq!(code(streams[0].synchronize()), 700);
+        std::mem::forget((here, entries));
+    });
+}
