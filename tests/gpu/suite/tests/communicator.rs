@@ -3,7 +3,7 @@
 //! every operation on devices and on hosts, and the bits compared (the stand-in for NCCL folds in our tree).
 
 use std::{
-    net::{Ipv4Addr, TcpListener},
+    net::{Ipv4Addr, SocketAddr, TcpListener},
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
@@ -19,7 +19,10 @@ use fabric_engine::{
     rendezvous::{Member, Options, Secret},
 };
 use fabric_kernels::{self as kernels, Device, Dtype, Element, Span, SpanMut, cuda::Queue};
-use gpu_suite::{fakes, stage::with_fakes};
+use gpu_suite::{
+    fakes,
+    stage::{another, finish, with_fakes},
+};
 
 /// How long anything may take that should not.
 const LATE: Duration = Duration::from_secs(20);
@@ -33,7 +36,7 @@ struct Rank {
 fn join(
     rank: usize,
     size: usize,
-    address: std::net::SocketAddr,
+    address: SocketAddr,
     listener: Option<TcpListener>,
 ) -> Arc<Member> {
     let secret = Secret::from_bytes(b"the secret of the suite, long enough");
@@ -60,16 +63,7 @@ fn world<T: Send>(size: usize, deadline: Duration, body: impl Fn(Rank) -> T + Sy
                     } else {
                         None
                     };
-                    let member = join(rank, size, address, listener);
-                    let options = HostOptions {
-                        deadline,
-                        ..HostOptions::default()
-                    };
-                    let host = Host::best(&member, options).unwrap();
-                    let queue = Queue::open(rank as u32).unwrap();
-                    let device: Arc<dyn Device> = queue.clone();
-                    let comm = Nccl::over(host, &device).unwrap();
-                    body(Rank { queue, comm })
+                    body(Rank::join(rank, size, address, listener, deadline))
                 })
             })
             .collect();
@@ -80,6 +74,25 @@ fn world<T: Send>(size: usize, deadline: Duration, body: impl Fn(Rank) -> T + Sy
 const FOUR: &[(&str, &str)] = &[("FAKE_CUDA_DEVICES", "4")];
 
 impl Rank {
+    fn join(
+        rank: usize,
+        size: usize,
+        address: SocketAddr,
+        listener: Option<TcpListener>,
+        deadline: Duration,
+    ) -> Self {
+        let member = join(rank, size, address, listener);
+        let options = HostOptions {
+            deadline,
+            ..HostOptions::default()
+        };
+        let host = Host::best(&member, options).unwrap();
+        let queue = Queue::open(rank as u32).unwrap();
+        let device: Arc<dyn Device> = queue.clone();
+        let comm = Nccl::over(host, &device).unwrap();
+        Rank { queue, comm }
+    }
+
     fn up<T: Element>(&self, values: &[T]) -> Slab {
         let mut slab = self.comm.alloc(T::DTYPE, values.len()).unwrap();
         kernels::cast(Span::of(values), slab.part_mut(0..values.len())).unwrap();
@@ -485,27 +498,46 @@ fn an_abort_ends_what_waits_on_devices_on_all_ranks() {
     });
 }
 
+/// Goal: a killed process is told as on the hosts' wires: who, how, and where it was last seen. Method: this test again as
+/// another process, killed while an operation waits for it on the device.
 #[test]
-fn a_rank_that_panics_is_a_lost_peer_with_the_same_words_as_on_the_hosts_wires() {
-    with_fakes(&[("FAKE_CUDA_DEVICES", "3")], || {
-        let errors = world(3, LATE, |mut rank| {
+fn a_rank_that_is_killed_is_a_lost_peer_in_the_words_of_the_hosts_wires() {
+    with_fakes(&[], || {
+        let sum = |rank: &mut Rank| {
             let mut slab = rank.up(&[1f32; 10]);
             rank.comm.all_reduce(&mut slab, ReduceOp::Sum).unwrap();
             rank.queue.settle().unwrap();
-            if rank.comm.rank() == 2 {
-                drop(rank); // leaves, while the others go on
-                return None;
+        };
+        if let Ok(address) = std::env::var("SUITE_ADDRESS") {
+            let mut peer = Rank::join(1, 2, address.parse().unwrap(), None, LATE);
+            sum(&mut peer);
+            loop {
+                std::thread::park(); // until it is killed
             }
-            Some(outlive(&mut rank))
-        });
-        for error in errors.into_iter().flatten() {
-            assert!(matches!(error, Error::PeerLost(_)), "{error}");
-            let text = error.to_string();
-            assert!(
-                text.contains("rank 2 is gone") && text.contains("all_reduce"),
-                "{text}"
-            );
         }
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let address = listener.local_addr().unwrap();
+        let test = "a_rank_that_is_killed_is_a_lost_peer_in_the_words_of_the_hosts_wires";
+        let mut peer = another(test, &[("SUITE_ADDRESS", &address.to_string())]);
+        let mut rank = Rank::join(0, 2, address, Some(listener), LATE);
+        sum(&mut rank);
+        let slab = rank.up(&[1f32; 10]);
+        let call = Call::new(Op::AllReduce(ReduceOp::Sum));
+        let work = rank.comm.submit(call, Data::InPlace(slab)).unwrap();
+        let slab = work.wait().unwrap().into_output(); // the queue waits for the peer
+        peer.kill().unwrap();
+        rank.queue.settle().unwrap(); // the abort lets it go on
+        drop(slab);
+        let error = outlive(&mut rank);
+        assert!(matches!(error, Error::PeerLost(_)), "{error}");
+        let text = error.to_string();
+        assert!(text.contains("rank 1 is gone"), "{text}");
+        assert!(
+            text.contains("The last operation it joined: #")
+                && text.contains("all_reduce(sum, 10 x f32)"),
+            "{text}"
+        );
+        finish(peer, LATE);
     });
 }
 
