@@ -20,6 +20,7 @@ use std::sync::{
 
 use fabric_engine::{
     comm::{Aborter, Link, Spent, trace::Trace},
+    kernels,
     shard::{SharedComm, plan},
 };
 
@@ -226,6 +227,13 @@ impl Fabric {
     /// The device that this rank computes on; before launch, the first rank's of this machine.
     pub fn device(&self) -> Device {
         self.inner.resolved.device(self.local_rank())
+    }
+
+    /// This rank's device as an adapter needs it: whose memory gradients and parameters of its own lie in, and the queue on
+    /// which Fabric works over them. `None` on a CPU, and before launch.
+    pub fn queue(&self) -> Option<Arc<dyn kernels::Device>> {
+        let world = self.lock_world();
+        world.as_ref()?.comm.device().cloned()
     }
 
     /// What connects the ranks: "shm", "unix" or "tcp". `None` before launch, for one rank, and for a group of ranks.

@@ -52,11 +52,13 @@ impl Sequencer {
             if shape.has_main() {
                 self.mains.copy_into(&self.plan, index, &mut slab)?;
             } else {
-                for piece in self.plan.cut(index, self.rank) {
-                    self.params.with(piece.param, &mut |buffer| {
-                        buffer.read(piece.range.clone(), slab.part_mut(piece.place.clone()))
-                    })?;
-                }
+                kernels::batch(|| {
+                    self.plan.cut(index, self.rank).try_for_each(|piece| {
+                        self.params.with(piece.param, &mut |buffer| {
+                            buffer.read(piece.range.clone(), slab.part_mut(piece.place.clone()))
+                        })
+                    })
+                })?;
             }
             let work = self
                 .groups

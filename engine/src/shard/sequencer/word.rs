@@ -16,6 +16,8 @@ impl Sequencer {
     /// rank alone answers for.
     pub(super) fn compare(&mut self) -> Result<()> {
         let (dtype, numel) = self.plan.control_word();
+        // On a device this thread would wait for them: they are asked for when a norm is.
+        let carries = self.groups.reduce.device().is_none();
         let mut comm = self.groups.world.lock();
         let mut word = match self.word.take() {
             Some(word) => word,
@@ -32,7 +34,9 @@ impl Sequencer {
                 for (param, used) in word[..count].iter_mut().enumerate() {
                     *used = is_used(param).into();
                 }
-                word[count..].copy_from_slice(&self.own_squares()?.words());
+                if carries {
+                    word[count..].copy_from_slice(&self.own_squares()?.words());
+                }
             }
             _ => {
                 let word = word.as_mut_slice::<i32>();
@@ -60,7 +64,7 @@ impl Sequencer {
                 self.unused.somewhere.push(ParamId(param));
             }
         }
-        if dtype == Dtype::I64 {
+        if dtype == Dtype::I64 && carries {
             let words = word.as_slice::<i64>()[count..].try_into();
             self.squares = words.ok().map(SquareBins::from_words);
         }
