@@ -486,6 +486,7 @@ fn an_operation_that_a_rank_never_joins_times_out_and_lets_the_stream_go_on() {
 fn an_abort_ends_what_waits_on_devices_on_all_ranks() {
     with_fakes(&[], || {
         let errors = world(2, LATE, |mut rank| {
+            rank.comm.barrier().unwrap();
             if rank.comm.rank() == 1 {
                 rank.comm.aborter().abort("the user pressed Ctrl-C");
                 return outlive(&mut rank).to_string();
