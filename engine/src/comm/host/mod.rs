@@ -1,6 +1,8 @@
 //! Collectives between host memories: a queue, a thread that works it off in order, and an executor that runs schedules
 //! over a wire. A blocking call on an idle communicator skips the queue and runs on the caller's own thread.
 
+#[cfg(feature = "cuda")]
+mod beside;
 mod connect;
 mod math;
 mod messages;
@@ -38,6 +40,8 @@ use crate::{
     signal::Signal,
     wire::{Vigil, Wire, frame::Stamp, ledger::Ledger, shm::Arena},
 };
+#[cfg(feature = "cuda")]
+pub(super) use beside::Reporter;
 use connect::Family;
 use messages::Messages;
 use queue::{Giver, Taker, queue};
@@ -277,49 +281,6 @@ impl Host {
     }
 }
 
-/// What a communicator over devices shares with the one over hosts that stands beside it.
-#[cfg(feature = "cuda")]
-impl Host {
-    /// The number of the next operation, of either: one order for both.
-    pub(super) fn next_number(&mut self, call: &Call) -> u64 {
-        let number = self.sequence;
-        self.sequence += u64::from(call.op.kind().is_some());
-        number
-    }
-
-    /// Has somebody failed?
-    pub(super) fn check(&self, stamp: &Stamp) -> Result<()> {
-        self.shared.check(stamp)
-    }
-
-    /// Keep the first error, and tell everybody.
-    pub(super) fn fail(&self, error: Error) -> Error {
-        self.shared.fail(error)
-    }
-
-    /// Who was last seen where.
-    pub(super) fn ledger(&self) -> &Ledger {
-        &self.shared.ledger
-    }
-
-    /// A handle that tells failures, for another thread.
-    pub(super) fn reporter(&self) -> Reporter {
-        Reporter(self.shared.clone())
-    }
-}
-
-/// Tells everybody of a failure.
-#[cfg(feature = "cuda")]
-pub(super) struct Reporter(Arc<Shared>);
-
-#[cfg(feature = "cuda")]
-impl Reporter {
-    /// Keep the first error, and tell everybody.
-    pub(super) fn fail(&self, error: Error) -> Error {
-        self.0.fail(error)
-    }
-}
-
 /// The worker's life: one job after the other, in order of submission.
 fn work(shared: &Shared, jobs: &Taker<Job>, pending: &AtomicUsize) {
     while let Some(job) = jobs.take() {
@@ -422,6 +383,11 @@ impl Shared {
                     .unwrap_or_else(|| self.signal.raise(error))
             }
             Error::Aborted { .. } => self.signal.raise(error),
+            // NCCL sees a peer's end as a broken connection; the hub knows whose it was, and where it stood.
+            Error::Nccl { .. } if error.is_from_peer() => self
+                .signal
+                .wait(GRACE)
+                .unwrap_or_else(|| self.signal.raise(error)),
             _ if self.signal.is_raised() => self.signal.raise(error),
             _ => {
                 let first = self.signal.raise(error.clone());

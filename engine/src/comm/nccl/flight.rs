@@ -80,7 +80,7 @@ impl Ahead for Landing {
             if self.done.is_past().map_err(self.failed())? {
                 return Ok(());
             }
-            std::thread::sleep(NAP);
+            drop(self.signal.wait(NAP)); // an error ends the nap
         }
     }
 }

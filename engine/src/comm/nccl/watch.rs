@@ -23,8 +23,6 @@ use crate::{
 
 const SHORTEST_NAP: Duration = Duration::from_micros(200);
 const LONGEST_NAP: Duration = Duration::from_millis(10);
-/// How long an error of NCCL's waits for the hub's fuller story.
-const GRACE: Duration = Duration::from_secs(1);
 
 /// Follows what was submitted, until it is done.
 pub(super) struct Watch {
@@ -170,12 +168,7 @@ impl Shared {
 
     /// Tell everybody, and let the streams go on.
     fn fail(&self, error: Error) {
-        // A peer's end is seen by NCCL as a broken connection; the hub knows whose it was, and where it stood.
-        let known = match error.is_from_peer() {
-            true => self.signal.wait(GRACE),
-            false => self.signal.first(),
-        };
-        let first = known.unwrap_or_else(|| self.reporter.fail(error));
+        let first = self.reporter.fail(error);
         let mut state = self.lock();
         let comm = state.comm.clone();
         state.flights.clear();
