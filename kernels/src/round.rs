@@ -9,7 +9,7 @@ use crate::span::{Span, SpanMut};
 use half::{bf16, f16};
 
 /// `into[i] = from[i] * factor` in f32, rounded up or down with the probability of the distance, so that the mean of many is
-/// the value: from f32, f16 or bf16 into a float of fewer digits or exponents. Values that the type holds stay, and beyond
+/// the value: from f32, f16 or bf16 into a float of fewer digits. Values that the type holds stay, and beyond
 /// its largest number nothing is left to chance.
 ///
 /// The chance of an element is a pure function of `seed`, of its pair's number among those with elements, and of its own
@@ -83,12 +83,12 @@ pub fn cast_stochastic(
     Ok(())
 }
 
-/// Whether the second holds fewer digits, or fewer exponents, than the first, and both are known here.
+/// Whether the second holds fewer digits than the first, and both are known here.
 fn is_known(from: Dtype, into: Dtype) -> bool {
     match from {
         Dtype::F32 => into.is_float() && into.size() <= 2,
         Dtype::F16 => matches!(into, Dtype::BF16 | Dtype::F8E4M3 | Dtype::F8E5M2),
-        Dtype::BF16 => matches!(into, Dtype::F16 | Dtype::F8E4M3 | Dtype::F8E5M2),
+        Dtype::BF16 => matches!(into, Dtype::F8E4M3 | Dtype::F8E5M2), // f16 holds all its digits
         _ => false,
     }
 }
