@@ -75,6 +75,19 @@ fn it_looks_and_measures() {
 }
 
 #[test]
+fn without_a_driver_it_says_what_was_looked_for() {
+    // Off the stage: cargo's own path leads to the stand-ins.
+    let text = output(
+        gpu(&["look"])
+            .env_remove("LD_LIBRARY_PATH")
+            .env("FABRIC_NCCL", "/nowhere/libnccl.so"),
+    );
+    let is_told = text.contains("libcuda.so or libcuda.so.1") || text.contains("cuda:0");
+    assert!(is_told, "{text}");
+    assert!(text.contains("/nowhere/libnccl.so"), "{text}");
+}
+
+#[test]
 fn its_kernels_are_those_of_the_host() {
     with_fakes(&[("FAKE_CUDA_DELAY_US", "0")], || {
         let text = output(&mut gpu(&["kernels"]));
