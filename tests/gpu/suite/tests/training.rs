@@ -564,7 +564,10 @@ fn without_nccl_several_devices_are_an_error_on_all_ranks_and_one_device_works()
     with_fakes(&[("FABRIC_NCCL", "/nowhere/libnccl.so.2")], || {
         let alone = fabric("cuda", "auto", "32-true", 1);
         alone
-            .launch_threads(|fabric| Ok(assert!(fabric.queue().is_some())))
+            .launch_threads(|fabric| {
+                assert!(fabric.queue().is_some());
+                Ok(())
+            })
             .unwrap();
         let error = fabric("cuda", "ddp", "32-true", 2)
             .launch_threads(|_| Ok(()))
