@@ -172,7 +172,7 @@ impl CandleFabric for Fabric {
         let all = self.all_gather(&lend(&own)?)?;
         let shape = [&[self.world_size()], own.dims()].concat();
         let all = tensor_of(&all, &shape, own.device())?;
-        if !sync_grads {
+        if !sync_grads || own.elem_count() == 0 {
             return Ok(all);
         }
         let gathered = Gathered {
@@ -280,6 +280,9 @@ fn tensor_of(slab: &Slab, shape: &[usize], device: &Device) -> Result<Tensor> {
         ));
     };
     let (tensor, all) = (blank(device, dtype, shape)?, 0..slab.numel());
+    if all.is_empty() {
+        return Ok(tensor); // candle opens none whose strides are 0
+    }
     open(&tensor, &mut |buffer| {
         buffer.write(all.clone(), slab.part(all.clone()))
     })?;
