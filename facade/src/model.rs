@@ -63,6 +63,12 @@ pub trait Model: Send + Sync + 'static {
         self.with(param, &mut |buffer| f(buffer, None))
     }
 
+    /// The memory that the model computes in, where that is one place: `fabric.setup` refuses a model on another device than the
+    /// rank's. `None` where parameters may lie anywhere: what is not on the rank's device is copied there and back.
+    fn memory(&self) -> Option<kernels::Memory> {
+        None
+    }
+
     /// The units that parameters may be sharded by, in forward order: [`ParamMeta::unit`] counts in this list. A library
     /// that names units reports their edges to [`Events::unit`], and can [`Model::release`] and [`Model::acquire`].
     fn units(&self) -> &[String] {

@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use fabric_engine::{
     Error as EngineError, Result as EngineResult,
+    kernels::Memory,
     shard::{
+        SharedComm,
         groups::Groups,
         plan::Plan,
         replicate::{agree, distribute},
@@ -16,7 +18,7 @@ use super::{Fabric, lock};
 use crate::{
     callback::{Hook, LoopState, ModelView},
     data::Distribute,
-    error::Result,
+    error::{Error, Result},
     model::{Backward, Core, FabricModule, Gradients, Model, Reach, Reporter, mistake},
     optim::Optimizer,
 };
@@ -138,6 +140,7 @@ impl Fabric {
     /// As [`Fabric::setup`].
     pub fn setup_module<M: Model>(&self, model: M) -> Result<FabricModule<M>> {
         let comm = self.comm()?;
+        self.check_place(&model, &comm)?;
         let row = self.inner.resolved.strategy;
         let (params, units) = (model.params().to_vec(), model.units().to_vec());
         let plan = Plan::with_units(row, self.world_size(), params, units, &self.inner.options)?;
@@ -156,6 +159,25 @@ impl Fabric {
         model.attach(Arc::new(Reporter::new(&core)));
         Arc::make_mut(&mut lock(&self.inner.models)).push(core.clone());
         Ok(FabricModule::new(model, core))
+    }
+
+    /// Refuse a model that computes on another device than this rank.
+    fn check_place(&self, model: &impl Model, comm: &SharedComm) -> Result<()> {
+        let ours = comm.device().map_or(Memory::Host, |device| device.memory());
+        let Some(memory) = model.memory().filter(|memory| *memory != ours) else {
+            return Ok(());
+        };
+        let place = match memory {
+            Memory::Host => "cpu".to_string(),
+            device => device.to_string(),
+        };
+        Err(Error::argument(
+            format!(
+                "the model is on {place}, and this rank computes on {}",
+                self.device()
+            ),
+            "Build it on the rank's device, as fabric.init_module does, or ask for the model's with Builder::accelerator",
+        ))
     }
 
     /// Say so when parameters are to be sharded, and nothing says when they are used.

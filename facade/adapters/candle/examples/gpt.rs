@@ -1,6 +1,7 @@
 //! Trains a byte-level GPT on several processes: `cargo run --release -p fabric-candle --example gpt -- --devices 2`.
 //!
-//! By default it learns this repository's own sources. Its last line on standard output is one JSON object.
+//! By default it learns this repository's own sources; carried to where those are not, their documentation, which is in the
+//! program. Its last line on standard output is one JSON object.
 //!
 //! On glibc it is 1.3 times as fast, with the same peak, when freed memory is kept instead of faulted in again at each
 //! step: set `MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_MMAP_THRESHOLD_=1073741824` before the start.
@@ -25,7 +26,7 @@ use fabric::{
     model::Model,
     optim::AdamW,
 };
-use fabric_candle::{CandleModel, Loss, build_deferred};
+use fabric_candle::{CandleFabric, CandleModel, Loss, build_deferred};
 use indicatif::{ProgressBar, ProgressStyle};
 use model::{Gpt, batch};
 use rand::Rng;
@@ -37,6 +38,7 @@ fn main() -> Result<()> {
     let args = Args::parse();
     let (folder, name) = args.folder_and_name();
     let mut builder = Fabric::builder()
+        .accelerator(&args.accelerator)
         .devices(&args.devices)
         .strategy(&args.strategy)
         .precision(&args.precision)
@@ -47,7 +49,8 @@ fn main() -> Result<()> {
     }
     let fabric = builder.build()?;
     args.check()?;
-    let (train, validation) = text::load(args.data.as_deref(), args.context)?;
+    let data = args.data.clone().or_else(text::repository);
+    let (train, validation) = text::load(data.as_deref(), args.context)?;
     args.check_batch(fabric.ranks(), &train)?;
     fabric
         .launch(|fabric| run(fabric, &args, &train, &validation))
@@ -64,14 +67,16 @@ fn run(fabric: &Fabric, args: &Args, train: &Windows, validation: &Windows) -> R
         _ => DType::F32,
     };
     // Without memory: a strategy that shards parameters never needs all of them in one process.
-    let model = build_deferred(&Device::Cpu, dtype, |vb| Gpt::new(&args.config(), vb))?;
+    let device = fabric.tensor_device()?;
+    let model = build_deferred(&device, dtype, |vb| Gpt::new(&args.config(), vb))?;
     let (model, mut optimizer) = fabric.setup(model, AdamW::new(args.lr).weight_decay(0.1))?;
     let (world, entropy) = (fabric.world_size(), text::unigram_entropy(train));
     let parameters: usize = model.params().iter().map(|param| param.numel()).sum();
     let plan = model.explain(&optimizer, fabric.measure_link()?);
     if fabric.is_global_zero() {
         let strategy = fabric.strategy();
-        eprintln!("{parameters} parameters, {world} x cpu, strategy {strategy}");
+        let accelerator = fabric.device().accelerator;
+        eprintln!("{parameters} parameters, {world} x {accelerator}, strategy {strategy}");
         eprintln!("{}", plan.trim_end());
         eprintln!("without context a byte has {entropy:.3} nats: a loss below that is learning");
     }
@@ -80,7 +85,7 @@ fn run(fabric: &Fabric, args: &Args, train: &Windows, validation: &Windows) -> R
     let val_loss = validate(fabric, &model, validation)?;
     fabric.log("val_loss", val_loss, args.max_steps)?;
     save(fabric, args, &model, &mut optimizer)?;
-    let text = sample(&model, args)?; // by all ranks, which gather sharded parameters together
+    let text = sample(&model, args, &device)?; // by all ranks, which gather sharded parameters together
     if fabric.is_global_zero() {
         eprintln!(
             "validation loss {val_loss:.4}; checkpoint and metrics are in {}",
@@ -90,6 +95,7 @@ fn run(fabric: &Fabric, args: &Args, train: &Windows, validation: &Windows) -> R
         let report = serde_json::json!({
             "steps": args.max_steps, "train_loss": trained.loss, "val_loss": val_loss,
             "tokens_per_s": trained.tokens_per_s.round(), "world_size": world, "strategy": fabric.strategy(),
+            "device": fabric.device().to_string(),
             "collectives_per_step": trained.spent.collectives, "bytes_per_step": trained.spent.bytes,
             "peak_rss_mb": peak_rss_mb(), "unigram_entropy": entropy, "parameters": parameters,
         });
@@ -114,13 +120,14 @@ fn fit(
     model: &Module,
     optimizer: &mut FabricOptimizer<AdamW>,
 ) -> Result<Trained> {
+    let device = fabric.tensor_device()?;
     let loader = DataLoader::new(train.clone())
         .batch_size(args.batch_size / fabric.world_size())
         .shuffle(true)
         .seed(args.seed)
         .drop_last(true)
         .workers(1)
-        .collate(|windows| Ok(batch(&windows, &Device::Cpu)?));
+        .collate(move |windows| Ok(batch(&windows, &device)?));
     let loader = fabric.setup_dataloaders(loader)?;
     let bar = progress(fabric, args.max_steps);
     let (started, mut step, mut trained) = (Instant::now(), 0, Trained::default());
@@ -186,12 +193,12 @@ fn tell(fabric: &Fabric, bar: &ProgressBar, step: u64, trained: &Trained) {
 /// The mean loss over up to 64 windows for validation, each rank taking its share.
 fn validate(fabric: &Fabric, model: &Module, windows: &Windows) -> Result<f64> {
     let (rank, world) = (fabric.global_rank(), fabric.world_size());
-    let count = windows.len().min(64);
+    let (count, device) = (windows.len().min(64), fabric.tensor_device()?);
     let mut sums = vec![0f64; 2];
     for first in (0..count).step_by(world) {
         // A rank without a window runs the model all the same: sharded parameters are gathered by all.
         let index = first + rank;
-        let (input, target) = batch(&[windows.get(index.min(count - 1))?], &Device::Cpu)?;
+        let (input, target) = batch(&[windows.get(index.min(count - 1))?], &device)?;
         let loss = scalar(&model.loss(&input, &target)?)?;
         if index < count {
             sums[0] += loss;
@@ -226,13 +233,13 @@ fn save(
 }
 
 /// Text that the model writes, drawn at temperature 0.8.
-fn sample(model: &Gpt, args: &Args) -> Result<String> {
+fn sample(model: &Gpt, args: &Args, device: &Device) -> Result<String> {
     let mut rng = fabric::seed::rng(args.seed);
     let mut bytes = b"//! ".to_vec();
     for _ in 0..args.sample {
         let window = &bytes[bytes.len().saturating_sub(args.context)..];
         let input = window.iter().map(|byte| u32::from(*byte));
-        let input = Tensor::from_iter(input, &Device::Cpu)?.unsqueeze(0)?;
+        let input = Tensor::from_iter(input, device)?.unsqueeze(0)?;
         let logits = (model.logits(&input)?.i(window.len() - 1)? / 0.8)?;
         let odds = candle_nn::ops::softmax(&logits.to_dtype(DType::F32)?, 0)?.to_vec1::<f32>()?;
         let mut left = rng.random::<f32>();

@@ -43,8 +43,12 @@ impl SimpleBackend for Backend {
         dtype: DType,
         device: &Device,
     ) -> Result<Tensor> {
-        if !device.is_cpu() {
-            bail!("'{name}' is asked for on {device:?}: fabric-candle moves tensors of the CPU");
+        let ours = self.shelf.device();
+        if !device.same_device(ours) {
+            bail!(
+                "'{name}' is asked for on {device:?}, and the model is built on {ours:?}: all parameters of a model are on \
+                 one device"
+            );
         }
         if let Some(tensor) = self.tied(name) {
             let (ours, dims) = (tensor.dtype(), tensor.shape());

@@ -1,14 +1,16 @@
 //! A part of the graph that is forgotten after the forward and computed again in the backward.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, Device, Layout, Result, Shape, Tensor, Var};
+use candle_core::{
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, Var,
+};
 use fabric::model::{Edge, Events, UnitId};
 
 use crate::{
+    made::Made,
     shelf::Shelf,
     storage::{allocate, copy},
-    unit::only,
 };
 
 /// Where the backward of a unit begins.
@@ -29,12 +31,12 @@ pub(crate) fn forget(
         return Ok(output); // no gradient passes here
     }
     // Candle keeps an operation only if an argument is tracked, and the input of a first block is not.
-    let anchor = Var::new(0f32, &Device::Cpu)?;
+    let anchor = Var::new(0f32, x.device())?;
     let again = Again {
         f,
         entrance,
         shape: output.shape().clone(),
-        output: Mutex::new(Some(copy(&output)?)),
+        output: Made::new(copy(&output)?),
     };
     x.apply_op2(&anchor, again)
 }
@@ -44,7 +46,7 @@ struct Again<F> {
     f: F,
     entrance: Entrance,
     shape: Shape,
-    output: Mutex<Option<CpuStorage>>,
+    output: Made,
 }
 
 impl<F: Fn(&Tensor) -> Result<Tensor>> CustomOp2 for Again<F> {
@@ -59,7 +61,17 @@ impl<F: Fn(&Tensor) -> Result<Tensor>> CustomOp2 for Again<F> {
         _: &CpuStorage,
         _: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        Ok((only(&self.output)?, self.shape.clone()))
+        Ok((self.output.on_cpu()?, self.shape.clone()))
+    }
+
+    fn cuda_fwd(
+        &self,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        Ok((self.output.on_cuda()?, self.shape.clone()))
     }
 
     fn bwd(
@@ -96,11 +108,19 @@ impl<F: Fn(&Tensor) -> Result<Tensor>> CustomOp2 for Again<F> {
 
 /// The backward of `output` whose gradient is `grad`.
 fn backward_from(output: &Tensor, grad: &Tensor) -> Result<candle_core::backprop::GradStore> {
-    output.apply_op1(Seed(grad.clone()))?.backward()
+    let value = allocate(grad.device(), grad.dtype(), 1)?;
+    let seed = Seed {
+        grad: grad.clone(),
+        value: Made::new(value),
+    };
+    output.apply_op1(seed)?.backward()
 }
 
 /// An operation without a value, whose argument has a given gradient.
-struct Seed(Tensor);
+struct Seed {
+    grad: Tensor,
+    value: Made, // some
+}
 
 impl CustomOp1 for Seed {
     fn name(&self) -> &'static str {
@@ -108,10 +128,14 @@ impl CustomOp1 for Seed {
     }
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        Ok((allocate(self.0.dtype(), 1)?, ().into()))
+        Ok((self.value.on_cpu()?, ().into()))
+    }
+
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        Ok((self.value.on_cuda()?, ().into()))
     }
 
     fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
-        Ok(Some(self.0.clone()))
+        Ok(Some(self.grad.clone()))
     }
 }

@@ -4,7 +4,8 @@
 use std::sync::{Arc, OnceLock};
 
 use candle_core::{
-    CpuStorage, CustomOp1, DType, Layout, Result, Shape, Storage, Tensor, Var, op::BackpropOp,
+    CpuStorage, CudaStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor, Var,
+    backend::BackendStorage, op::BackpropOp,
 };
 use fabric::model::{Events, Keep, ParamId};
 
@@ -21,12 +22,13 @@ struct Hook {
 /// A variable, and the hooked tensor that the model computes with. Neither has memory: it is put into the one or the
 /// other. (A copy in each would go stale at the first optimizer step.)
 pub(crate) fn hooked(
+    device: &Device,
     shape: &[usize],
     dtype: DType,
     param: ParamId,
     outlet: Outlet,
 ) -> Result<(Var, Tensor)> {
-    let empty = Storage::Cpu(allocate(dtype, 0)?);
+    let empty = allocate(device, dtype, 0)?;
     let shell = Tensor::from_storage(empty, shape, BackpropOp::none(), true);
     let var = Var::from_tensor(&shell)?;
     let tensor = var.apply_op1(Hook { param, outlet })?;
@@ -42,6 +44,10 @@ impl CustomOp1 for Hook {
 
     fn cpu_fwd(&self, empty: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         Ok((empty.clone(), layout.shape().clone()))
+    }
+
+    fn cuda_fwd(&self, empty: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        Ok((empty.try_clone(layout)?, layout.shape().clone()))
     }
 
     fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {

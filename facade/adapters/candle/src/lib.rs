@@ -3,18 +3,19 @@
 //! while candle's own backward goes on.
 //!
 //! ```no_run
-//! use candle_core::{DType, Device, Tensor};
+//! use candle_core::{DType, Tensor};
 //! use candle_nn::{Module, linear};
 //! use fabric::{Fabric, optim::AdamW};
-//! use fabric_candle::{Loss, build};
+//! use fabric_candle::{CandleFabric, Loss, build};
 //!
 //! # fn main() -> fabric::Result<()> {
 //! let fabric = Fabric::builder().devices(2).build()?;
 //! fabric.launch(|fabric| {
-//!     let model = build(&Device::Cpu, DType::F32, |vb| linear(4, 1, vb.pp("head")))?;
+//!     let device = fabric.tensor_device()?;
+//!     let model = build(&device, DType::F32, |vb| linear(4, 1, vb.pp("head")))?;
 //!     let (model, mut optimizer) = fabric.setup(model, AdamW::new(1e-2))?;
 //!     for _ in 0..10 {
-//!         let loss = model.forward(&Tensor::ones((8, 4), DType::F32, &Device::Cpu)?)?.sqr()?.mean_all()?;
+//!         let loss = model.forward(&Tensor::ones((8, 4), DType::F32, &device)?)?.sqr()?.mean_all()?;
 //!         fabric.backward(Loss(&loss))?;
 //!         optimizer.step()?;
 //!         optimizer.zero_grad();
@@ -23,6 +24,15 @@
 //! })?;
 //! # Ok(()) }
 //! ```
+//!
+//! # Devices
+//!
+//! Models are on the CPU or, with the feature `cuda`, on NVIDIA's devices: `Fabric::builder().accelerator("cuda")`, and
+//! [`CandleFabric::tensor_device`] for everything that is made of tensors. Gradients are packed, reduced and applied where they
+//! lie, on the stream on which candle computes. A device of your own making does as well; make it with
+//! `Device::new_cuda_with_stream`, whose stream all threads share. `Device::new_cuda` takes each thread's own, and its model must
+//! stay in the thread that has built it. The feature needs CUDA's compiler (nvcc) to build candle's kernels, and its libraries to
+//! link and to run (cublas, cublasLt, curand, nvrtc, cudart).
 //!
 //! # Where the weights are
 //!
@@ -46,13 +56,26 @@
 //!
 //! One operation has a wrong gradient: `max_pool2d`'s (candle 0.11) is divided by the places of its window, a quarter of what it
 //! should be for 2x2. Use a convolution with a stride, or `avg_pool2d`.
-#![forbid(unsafe_code)]
+//!
+//! # Unsafe code
+//!
+//! In `src/cuda.rs` alone, where addresses of candle's device memory become the engine's spans: each block says why it may.
+//! Without the feature `cuda` there is none.
+#![cfg_attr(not(feature = "cuda"), forbid(unsafe_code))]
+#![cfg_attr(feature = "cuda", deny(unsafe_code))]
 
 mod away;
 mod backend;
 mod checkpoint;
+#[cfg(feature = "cuda")]
+#[allow(unsafe_code)]
+mod cuda;
+#[cfg(not(feature = "cuda"))]
+#[path = "no_cuda.rs"]
+mod cuda;
 mod hook;
 mod init;
+mod made;
 mod model;
 mod optim;
 mod pool;

@@ -5,7 +5,7 @@ use std::{borrow::Borrow, ops::Deref, sync::Arc};
 use candle_core::{DType, Device, Result, Tensor, Var, bail};
 use candle_nn::VarBuilder;
 use fabric::model::{Backward, Events, Model, ParamId, ParamMeta, UnitId};
-use fabric_engine::{Error, Result as EngineResult};
+use fabric_engine::{Error, Result as EngineResult, kernels::Memory};
 
 use crate::{
     away,
@@ -22,10 +22,11 @@ pub const UNUSED_HINT: &str = "Check that the loss depends on it, and look for o
      quantized layers";
 
 /// Build a model: `f` gets a `VarBuilder` from which unmodified candle-nn code takes its parameters. Their first values
-/// are decided by `fabric.seed_everything` and their names. A name that is asked for twice is one parameter (tied).
+/// are decided by `fabric.seed_everything` and their names, whatever the device. A name that is asked for twice is one parameter
+/// (tied). They are all on `device`, which is to be the rank's: `fabric.tensor_device()` ([`CandleFabric`](crate::CandleFabric)).
 ///
 /// # Errors
-/// `f`'s, or candle's; for a device that is not the CPU; and for [`Unit`](crate::Unit)s that share a parameter or have none.
+/// `f`'s, or candle's; for a device of Metal's, and in a build without the feature `cuda` for one of CUDA's; and for [`Unit`](crate::Unit)s that share a parameter or have none.
 pub fn build<M>(
     device: &Device,
     dtype: DType,
@@ -54,10 +55,7 @@ fn make<M>(
     deferred: bool,
     f: impl FnOnce(VarBuilder<'static>) -> Result<M>,
 ) -> Result<CandleModel<M>> {
-    if !device.is_cpu() {
-        bail!("this version of fabric-candle moves tensors of the CPU: use Device::Cpu");
-    }
-    let shelf = Arc::new(Shelf::default());
+    let shelf = Arc::new(Shelf::new(device)?);
     let backend = Box::new(Backend {
         shelf: shelf.clone(),
         deferred,
@@ -160,6 +158,10 @@ impl<M: Send + Sync + 'static> Model for CandleModel<M> {
 
     fn with(&self, param: ParamId, f: &mut Visit<'_>) -> EngineResult<()> {
         self.shelf.with(param, f)
+    }
+
+    fn memory(&self) -> Option<Memory> {
+        Some(self.shelf.memory())
     }
 
     fn units(&self) -> &[String] {

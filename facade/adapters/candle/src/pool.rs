@@ -2,18 +2,18 @@
 
 use std::collections::HashMap;
 
-use candle_core::{CpuStorage, DType, Result, backend::BackendStorage};
+use candle_core::{DType, Device, Result, Storage};
 
 use crate::storage::allocate;
 
-/// Free memory by type and length.
+/// Free memory by type and length, all of one device.
 ///
 /// What is free and what is in use are together never more than what was in use at once in this pass through the model
 /// or the one before it. So the memory of a whole model, which is there before it is sharded, is not kept; and a save
 /// that gathers everything is forgotten two passes later.
 #[derive(Default)]
 pub(crate) struct Pool {
-    free: HashMap<(DType, usize), Vec<CpuStorage>>,
+    free: HashMap<(DType, usize), Vec<Storage>>,
     free_bytes: usize,
     used_bytes: usize,
     most_bytes: Option<[usize; 2]>, // used at once: in the last pass, in this one; none before the first pass
@@ -27,17 +27,17 @@ impl Pool {
         self.trim();
     }
 
-    /// Memory for `len` elements, for use; what it holds is undefined.
-    pub(crate) fn take(&mut self, dtype: DType, len: usize) -> Result<CpuStorage> {
-        let kept = self.free.get_mut(&(dtype, len)).and_then(Vec::pop);
-        let memory = match kept {
+    /// Memory of `device` for `len` elements, for use; what it holds is undefined.
+    pub(crate) fn take(&mut self, device: &Device, dtype: DType, len: usize) -> Result<Storage> {
+        let (kept, bytes) = (self.free.get_mut(&(dtype, len)), bytes(dtype, len));
+        let memory = match kept.and_then(Vec::pop) {
             Some(memory) => {
-                self.free_bytes -= bytes(&memory);
+                self.free_bytes -= bytes;
                 memory
             }
-            None => allocate(dtype, len)?,
+            None => allocate(device, dtype, len)?,
         };
-        self.used_bytes += bytes(&memory);
+        self.used_bytes += bytes;
         if let Some([_, most]) = &mut self.most_bytes {
             *most = (*most).max(self.used_bytes);
         }
@@ -45,11 +45,12 @@ impl Pool {
         Ok(memory)
     }
 
-    /// Memory that [`Pool::take`] gave is used no longer.
-    pub(crate) fn give(&mut self, memory: CpuStorage) {
-        self.used_bytes -= bytes(&memory);
-        self.free_bytes += bytes(&memory);
-        let key = (memory.dtype(), len(&memory));
+    /// Memory that [`Pool::take`] gave for `len` elements is used no longer.
+    pub(crate) fn give(&mut self, memory: Storage, len: usize) {
+        let key = (memory.dtype(), len);
+        let bytes = bytes(key.0, len);
+        self.used_bytes -= bytes;
+        self.free_bytes += bytes;
         self.free.entry(key).or_default().push(memory);
         self.trim();
     }
@@ -61,38 +62,31 @@ impl Pool {
             let held = self.free.iter().filter(|(_, stack)| !stack.is_empty());
             let longest = held.map(|(key, _)| *key).max_by_key(|(dtype, len)| {
                 // The type decides between equals, so that all ranks drop the same.
-                (dtype.size_in_bytes() * len, dtype.as_str())
+                (bytes(*dtype, *len), dtype.as_str())
             });
             let stack = longest.and_then(|key| self.free.get_mut(&key));
-            let Some(memory) = stack.and_then(Vec::pop) else {
+            if stack.and_then(Vec::pop).is_none() {
                 break; // only memory without elements is left
-            };
-            self.free_bytes -= bytes(&memory);
+            }
+            self.free_bytes -= longest.map_or(0, |(dtype, len)| bytes(dtype, len));
         }
     }
 }
 
-fn len(memory: &CpuStorage) -> usize {
-    match memory {
-        CpuStorage::F64(values) => values.len(),
-        CpuStorage::F32(values) => values.len(),
-        CpuStorage::F16(values) => values.len(),
-        CpuStorage::BF16(values) => values.len(),
-        _ => 0, // no memory of ours
-    }
-}
-
-fn bytes(memory: &CpuStorage) -> usize {
-    len(memory) * memory.dtype().size_in_bytes()
+fn bytes(dtype: DType, len: usize) -> usize {
+    dtype.size_in_bytes() * len
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use candle_core::CpuStorage;
 
-    fn address(memory: &CpuStorage) -> *const f32 {
+    const CPU: Device = Device::Cpu;
+
+    fn address(memory: &Storage) -> *const f32 {
         match memory {
-            CpuStorage::F32(values) => values.as_ptr(),
+            Storage::Cpu(CpuStorage::F32(values)) => values.as_ptr(),
             _ => panic!("f32"),
         }
     }
@@ -103,38 +97,38 @@ mod tests {
         pool.begin_pass();
         let mut places = Vec::new();
         for _ in 0..3 {
-            let memory = pool.take(DType::F32, 8).unwrap();
+            let memory = pool.take(&CPU, DType::F32, 8).unwrap();
             places.push(address(&memory));
-            pool.give(memory);
+            pool.give(memory, 8);
             pool.begin_pass();
         }
         assert_eq!(places, [places[0]; 3]);
         // Another length does not fit, and both together were never used at once.
-        let other = pool.take(DType::F32, 4).unwrap();
+        let other = pool.take(&CPU, DType::F32, 4).unwrap();
         assert_eq!((pool.free_bytes, pool.used_bytes), (0, 16));
-        pool.give(other);
+        pool.give(other, 4);
         assert_eq!((pool.free_bytes, pool.used_bytes), (16, 0));
     }
 
     #[test]
     fn what_was_there_before_the_first_pass_is_not_kept() {
         let mut pool = Pool::default();
-        let model = [0; 5].map(|_| pool.take(DType::F32, 100).unwrap());
-        model.into_iter().for_each(|memory| pool.give(memory));
+        let model = [0; 5].map(|_| pool.take(&CPU, DType::F32, 100).unwrap());
+        model.into_iter().for_each(|memory| pool.give(memory, 100));
         assert_eq!((pool.free_bytes, pool.used_bytes), (0, 0));
     }
 
     #[test]
     fn what_is_kept_is_what_was_used_at_once_and_a_peak_is_forgotten() {
         let mut pool = Pool::default();
-        let root = pool.take(DType::F32, 10).unwrap();
+        let root = pool.take(&CPU, DType::F32, 10).unwrap();
         let pass = |pool: &mut Pool, at_once: usize| {
             pool.begin_pass();
             for _ in 0..4 {
                 let used: Vec<_> = (0..at_once)
-                    .map(|_| pool.take(DType::BF16, 50).unwrap())
+                    .map(|_| pool.take(&CPU, DType::BF16, 50).unwrap())
                     .collect();
-                used.into_iter().for_each(|memory| pool.give(memory));
+                used.into_iter().for_each(|memory| pool.give(memory, 50));
             }
             pool.free_bytes
         };
@@ -142,12 +136,15 @@ mod tests {
         assert_eq!(pass(&mut pool, 7), 700);
         assert_eq!(pass(&mut pool, 2), 700, "it may be needed again");
         assert_eq!(pass(&mut pool, 2), 200, "it was not");
-        pool.give(root);
+        pool.give(root, 10);
     }
 
     #[test]
     fn other_types_are_refused() {
-        let text = Pool::default().take(DType::U32, 1).unwrap_err().to_string();
+        let text = Pool::default()
+            .take(&CPU, DType::U32, 1)
+            .unwrap_err()
+            .to_string();
         assert!(text.contains("U32"), "{text}");
     }
 }

@@ -5,21 +5,28 @@ use std::sync::{
     atomic::{AtomicBool, AtomicUsize, Ordering},
 };
 
-use candle_core::{DType, Error as CandleError, Result, Tensor, Var, bail};
+use candle_core::{
+    DType, Device, DeviceLocation, Error as CandleError, Result, Storage, Tensor, Var, bail,
+};
 use candle_nn::Init;
 use fabric::model::{Events, ParamId, ParamMeta, UnitId};
-use fabric_engine::{Error, Result as EngineResult};
+use fabric_engine::{
+    Error, Result as EngineResult,
+    buffer::Buffer,
+    kernels::{Device as Kernels, Memory},
+};
 
 use crate::{
-    away,
+    away, cuda,
     hook::{Outlet, hooked},
     init::First,
     pool::Pool,
-    storage::{Visit, open, put, take},
+    storage::{Visit, check_device, on_cpu, open, put, span_of, take},
 };
 
-#[derive(Default)]
 pub(crate) struct Shelf {
+    device: Device,
+    _queue: Option<Arc<dyn Kernels>>, // over the device's stream: it stays the same one
     params: Mutex<Vec<Param>>,
     units: Mutex<Vec<String>>, // names, in the order in which they were declared
     pool: Mutex<Pool>,
@@ -43,6 +50,41 @@ pub(crate) struct Param {
 }
 
 impl Shelf {
+    /// For parameters on `device`.
+    pub(crate) fn new(device: &Device) -> Result<Self> {
+        check_device(device)?;
+        let queue = match device {
+            Device::Cuda(device) => Some(cuda::queue(device)?),
+            _ => None,
+        };
+        Ok(Self {
+            device: device.clone(),
+            _queue: queue,
+            params: Mutex::default(),
+            units: Mutex::default(),
+            pool: Mutex::default(),
+            outlet: Outlet::default(),
+            closed: AtomicBool::default(),
+            lent: AtomicBool::default(),
+            away: AtomicUsize::default(),
+            came_and_went: AtomicBool::default(),
+            last_unit: AtomicUsize::default(),
+        })
+    }
+
+    /// The device of all parameters.
+    pub(crate) fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Where their memory is.
+    pub(crate) fn memory(&self) -> Memory {
+        match self.device.location() {
+            DeviceLocation::Cuda { gpu_id } => Memory::Cuda(gpu_id as u32),
+            _ => Memory::Host,
+        }
+    }
+
     pub(crate) fn params(&self) -> MutexGuard<'_, Vec<Param>> {
         lock(&self.params)
     }
@@ -161,7 +203,7 @@ impl Shelf {
             .map_err(|error| refused("take the memory of", &param.meta, error))?;
         (param.is_there, param.first) = (false, None);
         self.away.fetch_add(1, Ordering::AcqRel);
-        lock(&self.pool).give(memory);
+        lock(&self.pool).give(memory, param.meta.numel());
         Ok(())
     }
 
@@ -175,7 +217,7 @@ impl Shelf {
     ) -> EngineResult<Tensor> {
         let mut params = self.params();
         let id = ParamId(params.len());
-        let (var, tensor) = hooked(&meta.shape, dtype, id, self.outlet.clone())
+        let (var, tensor) = hooked(&self.device, &meta.shape, dtype, id, self.outlet.clone())
             .map_err(|error| refused("make", &meta, error))?;
         let mut param = Param {
             meta,
@@ -197,14 +239,9 @@ impl Shelf {
         let Some(first) = param.first else {
             return Ok(());
         };
-        let mut fill = || -> Result<()> {
-            self.arrive(param)?;
-            let mut memory = take(&param.tensor)?;
-            let filled = first.fill(&mut memory, &param.meta.name, param.tensor.shape());
-            put(&param.tensor, memory)?;
-            filled
-        };
-        fill().map_err(|error| refused("initialise", &param.meta, error))?;
+        self.arrive(param)
+            .and_then(|()| draw(first, param))
+            .map_err(|error| refused("initialise", &param.meta, error))?;
         param.first = None;
         Ok(())
     }
@@ -214,7 +251,8 @@ impl Shelf {
             return Ok(());
         }
         let (dtype, len) = (param.tensor.dtype(), param.meta.numel());
-        put(&param.tensor, lock(&self.pool).take(dtype, len)?)?;
+        let memory = lock(&self.pool).take(&self.device, dtype, len)?;
+        put(&param.tensor, memory)?;
         param.is_there = true;
         self.away.fetch_sub(1, Ordering::AcqRel);
         Ok(())
@@ -255,6 +293,29 @@ impl Shelf {
         drop(lent);
         result
     }
+}
+
+/// Write the first values of a parameter into its memory. They are drawn by the processor, so that they are the same bits
+/// on every device.
+fn draw(first: First, param: &Param) -> Result<()> {
+    let (name, shape) = (&param.meta.name, param.tensor.shape());
+    if !param.tensor.device().is_cpu() {
+        let mut drawn = on_cpu(param.tensor.dtype(), shape.elem_count())?;
+        first.fill(&mut drawn, name, shape)?;
+        let all = 0..shape.elem_count();
+        let Some(values) = span_of(&drawn, all.clone()) else {
+            bail!("values of type {:?}", param.tensor.dtype());
+        };
+        let write = &mut |buffer: &mut dyn Buffer| buffer.write(all.clone(), values);
+        return open(&param.tensor, write).map_err(away::wrapped);
+    }
+    let mut memory = take(&param.tensor)?;
+    let filled = match &mut memory {
+        Storage::Cpu(memory) => first.fill(memory, name, shape),
+        _ => bail!("'{name}' has memory of another device"),
+    };
+    put(&param.tensor, memory)?;
+    filled
 }
 
 /// Gives the memory back to the hooked tensors, also when `f` panics.

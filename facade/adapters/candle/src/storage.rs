@@ -1,12 +1,17 @@
-//! Candle's CPU memory as the engine's buffers: lent for reading, opened for writing, and moved between tensors.
+//! Candle's memory as the engine's buffers: lent for reading, opened for writing, and moved between tensors. On a processor or
+//! on a CUDA device; what differs there is in `cuda.rs`.
 
 use std::{
+    any::Any,
     cell::RefCell,
     ops::{Deref, Range},
     sync::Mutex,
 };
 
-use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Storage, Tensor, bail};
+use candle_core::{
+    CpuStorage, CudaStorage, DType, Device, InplaceOp1, Layout, Result, Shape, Storage, Tensor,
+    backend::BackendDevice, bail, op::BackpropOp,
+};
 use fabric_engine::{
     Error, Result as EngineResult,
     buffer::Buffer,
@@ -14,7 +19,7 @@ use fabric_engine::{
 };
 use half::{bf16, f16};
 
-use crate::away;
+use crate::{away, cuda};
 
 /// The engine's name of a candle type.
 pub(crate) fn dtype_of(dtype: DType) -> Result<Dtype> {
@@ -30,46 +35,75 @@ pub(crate) fn dtype_of(dtype: DType) -> Result<Dtype> {
     })
 }
 
-/// A contiguous CPU tensor, lent for reading.
-pub(crate) struct Lent<S> {
-    storage: S, // the guard of candle's lock
+/// Refuse a device whose memory this build cannot move.
+pub(crate) fn check_device(device: &Device) -> Result<()> {
+    match device {
+        Device::Cpu => Ok(()),
+        Device::Cuda(_) if cfg!(feature = "cuda") => Ok(()),
+        Device::Cuda(_) => bail!(
+            "this program was built without CUDA: build fabric-candle with --features cuda, or use Device::Cpu"
+        ),
+        Device::Metal(_) => bail!(
+            "this version of fabric-candle moves tensors of the CPU and of CUDA devices: use Device::Cpu"
+        ),
+    }
+}
+
+/// A contiguous tensor, lent for reading.
+pub(crate) struct Lent<'a, S> {
+    place: Place<S>,
+    tensor: &'a Tensor,
     range: Range<usize>,
     dtype: Dtype,
 }
 
-pub(crate) fn lend(tensor: &Tensor) -> Result<Lent<impl Deref<Target = Storage> + '_>> {
+/// The guard of candle's lock, and what it guards.
+enum Place<S> {
+    Cpu(S),
+    Cuda(cuda::Lent<S>),
+}
+
+pub(crate) fn lend(tensor: &Tensor) -> Result<Lent<'_, impl Deref<Target = Storage> + '_>> {
     let (storage, layout) = tensor.storage_and_layout();
     let Some((start, end)) = layout.contiguous_offsets() else {
-        bail!("a gradient that is not contiguous cannot be lent");
+        bail!("a tensor that is not contiguous cannot be lent");
+    };
+    let (range, dtype) = (start..end, dtype_of(tensor.dtype())?);
+    let place = if tensor.device().is_cpu() {
+        Place::Cpu(storage)
+    } else {
+        check_device(tensor.device())?;
+        Place::Cuda(cuda::Lent::new(storage, range.clone(), dtype)?)
     };
     Ok(Lent {
-        storage,
-        range: start..end,
-        dtype: dtype_of(tensor.dtype())?,
+        place,
+        tensor,
+        range,
+        dtype,
     })
 }
 
-impl<S: Deref<Target = Storage>> Buffer for Lent<S> {
+impl<S: Deref<Target = Storage>> Buffer for Lent<'_, S> {
     fn dtype(&self) -> Dtype {
         self.dtype
     }
     fn numel(&self) -> usize {
         self.range.len()
     }
+    fn hold(&self) -> Option<Box<dyn Any + Send>> {
+        match &self.place {
+            Place::Cpu(_) => None,
+            // Candle writes no gradient again once it is complete, so that to keep it is to keep it unchanged.
+            Place::Cuda(_) => Some(Box::new(self.tensor.clone())),
+        }
+    }
     fn span(&self) -> Option<Span<'_>> {
-        let range = self.range.clone();
-        let Storage::Cpu(storage) = &*self.storage else {
-            return None;
-        };
-        match storage {
-            CpuStorage::F64(values) => Some(Span::of(&values[range])),
-            CpuStorage::F32(values) => Some(Span::of(&values[range])),
-            CpuStorage::F16(values) => Some(Span::of(&values[range])),
-            CpuStorage::BF16(values) => Some(Span::of(&values[range])),
-            CpuStorage::U8(values) => Some(Span::of(&values[range])),
-            CpuStorage::U32(values) => Some(Span::of(&values[range])),
-            CpuStorage::I64(values) => Some(Span::of(&values[range])),
-            _ => None,
+        match &self.place {
+            Place::Cpu(storage) => match &**storage {
+                Storage::Cpu(storage) => span_of(storage, self.range.clone()),
+                _ => None,
+            },
+            Place::Cuda(lent) => Some(lent.span()),
         }
     }
 }
@@ -89,17 +123,7 @@ impl Buffer for Open<'_> {
         self.range.len()
     }
     fn span(&self) -> Option<Span<'_>> {
-        let range = self.range.clone();
-        match &*self.storage {
-            CpuStorage::F64(values) => Some(Span::of(&values[range])),
-            CpuStorage::F32(values) => Some(Span::of(&values[range])),
-            CpuStorage::F16(values) => Some(Span::of(&values[range])),
-            CpuStorage::BF16(values) => Some(Span::of(&values[range])),
-            CpuStorage::U8(values) => Some(Span::of(&values[range])),
-            CpuStorage::U32(values) => Some(Span::of(&values[range])),
-            CpuStorage::I64(values) => Some(Span::of(&values[range])),
-            _ => None,
-        }
+        span_of(self.storage, self.range.clone())
     }
     fn span_mut(&mut self) -> Option<SpanMut<'_>> {
         let range = self.range.clone();
@@ -116,31 +140,56 @@ impl Buffer for Open<'_> {
     }
 }
 
+/// A range of a CPU storage; `None` where there is none, or no type of ours.
+pub(crate) fn span_of(storage: &CpuStorage, range: Range<usize>) -> Option<Span<'_>> {
+    Some(match storage {
+        CpuStorage::F64(values) => Span::of(&values[range]),
+        CpuStorage::F32(values) => Span::of(&values[range]),
+        CpuStorage::F16(values) => Span::of(&values[range]),
+        CpuStorage::BF16(values) => Span::of(&values[range]),
+        CpuStorage::U8(values) => Span::of(&values[range]),
+        CpuStorage::U32(values) => Span::of(&values[range]),
+        CpuStorage::I64(values) => Span::of(&values[range]),
+        _ => return None,
+    })
+}
+
 /// What is done with an open buffer.
 pub(crate) type Visit<'a> = dyn FnMut(&mut dyn Buffer) -> EngineResult<()> + 'a;
 
-/// Call `f` with the memory of a CPU tensor.
+/// Call `f` with the memory of a tensor.
 pub(crate) fn open(tensor: &Tensor, f: &mut Visit<'_>) -> EngineResult<()> {
     struct Opening<'a, 'b> {
         visit: RefCell<&'a mut Visit<'b>>,
         result: RefCell<EngineResult<()>>,
         dtype: Dtype,
     }
+    impl Opening<'_, '_> {
+        fn visit(&self, buffer: &mut dyn Buffer) {
+            *self.result.borrow_mut() = (self.visit.borrow_mut())(buffer);
+        }
+    }
     impl InplaceOp1 for Opening<'_, '_> {
         fn name(&self) -> &'static str {
             "fabric-open"
         }
         fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
-            let Some((start, end)) = layout.contiguous_offsets() else {
-                bail!("a parameter that is not contiguous");
-            };
-            let mut buffer = Open {
+            self.visit(&mut Open {
                 storage,
-                range: start..end,
+                range: whole(layout)?,
                 dtype: self.dtype,
-            };
-            *self.result.borrow_mut() = (self.visit.borrow_mut())(&mut buffer);
+            });
             Ok(())
+        }
+        fn cuda_fwd(&self, storage: &mut CudaStorage, layout: &Layout) -> Result<()> {
+            self.visit(&mut cuda::Open::new(storage, whole(layout)?, self.dtype)?);
+            Ok(())
+        }
+    }
+    fn whole(layout: &Layout) -> Result<Range<usize>> {
+        match layout.contiguous_offsets() {
+            Some((start, end)) => Ok(start..end),
+            None => bail!("a tensor that is not contiguous cannot be opened"),
         }
     }
     let library = |error| Error::library("open a candle tensor", error);
@@ -155,7 +204,18 @@ pub(crate) fn open(tensor: &Tensor, f: &mut Visit<'_>) -> EngineResult<()> {
 }
 
 /// New memory of zeros, in a type that parameters can have.
-pub(crate) fn allocate(dtype: DType, len: usize) -> Result<CpuStorage> {
+pub(crate) fn allocate(device: &Device, dtype: DType, len: usize) -> Result<Storage> {
+    if let Device::Cuda(device) = device
+        && dtype.is_float()
+    {
+        return device.zeros_impl(&some(len), dtype).map(Storage::Cuda);
+    }
+    check_device(device)?;
+    on_cpu(dtype, len).map(Storage::Cpu)
+}
+
+/// The same, on the CPU.
+pub(crate) fn on_cpu(dtype: DType, len: usize) -> Result<CpuStorage> {
     Ok(match dtype {
         DType::F64 => CpuStorage::F64(vec![0.0; len]),
         DType::F32 => CpuStorage::F32(vec![0.0; len]),
@@ -167,32 +227,59 @@ pub(crate) fn allocate(dtype: DType, len: usize) -> Result<CpuStorage> {
     })
 }
 
-/// Take the memory out of a CPU tensor, which keeps its shape; using it is an error from now on.
-pub(crate) fn take(tensor: &Tensor) -> Result<CpuStorage> {
-    exchange(tensor, away::mark())
+/// A new tensor, of whatever type, to be written.
+pub(crate) fn blank(device: &Device, dtype: DType, shape: &[usize]) -> Result<Tensor> {
+    let Device::Cuda(device) = device else {
+        return Tensor::zeros(shape, dtype, device);
+    };
+    let memory = device.zeros_impl(&some(shape.iter().product()), dtype)?;
+    let (memory, op) = (Storage::Cuda(memory), BackpropOp::none());
+    Ok(Tensor::from_storage(memory, shape, op, false))
+}
+
+/// The shape of `len` elements in CUDA memory, of which there is none without any.
+fn some(len: usize) -> Shape {
+    len.max(1).into()
+}
+
+/// Take the memory out of a tensor, which keeps its shape; using it is an error from now on.
+pub(crate) fn take(tensor: &Tensor) -> Result<Storage> {
+    exchange(tensor, away::mark(tensor.device())?)
 }
 
 /// A copy of a tensor's values: row-major, in memory of its own.
-pub(crate) fn copy(tensor: &Tensor) -> Result<CpuStorage> {
+pub(crate) fn copy(tensor: &Tensor) -> Result<Storage> {
     take(&tensor.detach().force_contiguous()?)
 }
 
 /// Put memory into a shell.
-pub(crate) fn put(tensor: &Tensor, storage: CpuStorage) -> Result<()> {
+pub(crate) fn put(tensor: &Tensor, storage: Storage) -> Result<()> {
     exchange(tensor, storage).map(drop)
 }
 
-fn exchange(tensor: &Tensor, storage: CpuStorage) -> Result<CpuStorage> {
-    struct Exchange(Mutex<CpuStorage>);
+fn exchange(tensor: &Tensor, storage: Storage) -> Result<Storage> {
+    struct Exchange(Mutex<Storage>);
+    impl Exchange {
+        fn other_place<T>(&self) -> Result<T> {
+            bail!("memory is put into a tensor of another device")
+        }
+    }
     impl InplaceOp1 for Exchange {
         fn name(&self) -> &'static str {
             "fabric-exchange"
         }
         fn cpu_fwd(&self, storage: &mut CpuStorage, _: &Layout) -> Result<()> {
-            std::mem::swap(
-                storage,
-                &mut *self.0.lock().unwrap_or_else(|held| held.into_inner()),
-            );
+            match &mut *self.0.lock().unwrap_or_else(|held| held.into_inner()) {
+                Storage::Cpu(other) => std::mem::swap(storage, other),
+                _ => return self.other_place(),
+            }
+            Ok(())
+        }
+        fn cuda_fwd(&self, storage: &mut CudaStorage, _: &Layout) -> Result<()> {
+            match &mut *self.0.lock().unwrap_or_else(|held| held.into_inner()) {
+                Storage::Cuda(other) => std::mem::swap(storage, other),
+                _ => return self.other_place(),
+            }
             Ok(())
         }
     }
@@ -213,7 +300,7 @@ mod tests {
     fn memory_moves_between_tensors_without_a_copy() {
         let var = Var::new(&[1f32, 2.0, 3.0], &Device::Cpu).unwrap();
         let storage = take(&var).unwrap();
-        let CpuStorage::F32(values) = &storage else {
+        let Storage::Cpu(CpuStorage::F32(values)) = &storage else {
             panic!("f32")
         };
         let address = values.as_ptr();
@@ -249,5 +336,21 @@ mod tests {
             .unwrap();
         assert_eq!(into, [3.0, 4.0]);
         assert!(lend(&tensor.t().unwrap()).is_err());
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    #[test]
+    fn memory_of_a_device_that_this_build_cannot_move_is_refused() {
+        let device = Device::Cuda(candle_core::CudaDevice);
+        for error in [
+            allocate(&device, DType::F32, 4).unwrap_err(),
+            blank(&device, DType::U32, &[2, 2]).unwrap_err(),
+            away::mark(&device).unwrap_err(),
+        ] {
+            let text = error.to_string();
+            assert!(text.contains("cuda"), "{text}");
+        }
+        let text = check_device(&device).unwrap_err().to_string();
+        assert!(text.contains("--features cuda"), "{text}");
     }
 }

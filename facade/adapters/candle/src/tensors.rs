@@ -1,10 +1,9 @@
 //! Fabric's verbs on candle's tensors: building models in the precision's types, casting, and collectives, through which
 //! gradients can flow.
 
-use std::sync::Mutex;
-
 use candle_core::{
-    CpuStorage, CustomOp1, DType, Device, Layout, Result as CandleResult, Shape, Tensor,
+    CpuStorage, CudaStorage, CustomOp1, DType, Device, Layout, Result as CandleResult, Shape,
+    Tensor,
 };
 use candle_nn::VarBuilder;
 use fabric::{
@@ -13,20 +12,21 @@ use fabric::{
 };
 
 use crate::{
-    CandleModel, away, build, build_deferred,
-    storage::{copy, dtype_of, lend, open},
+    CandleModel, away, build, build_deferred, cuda,
+    made::Made,
+    storage::{blank, dtype_of, lend, open, take},
 };
 
-/// What a [`Fabric`] can do with candle's tensors.
+/// What a [`Fabric`] can do with candle's tensors. What comes out of a collective is on the device of what went in.
 ///
 /// ```
-/// use candle_core::{Device, Tensor};
+/// use candle_core::Tensor;
 /// use fabric::{Fabric, ReduceOp};
 /// use fabric_candle::CandleFabric;
 ///
 /// let fabric = Fabric::builder().devices(2).build()?;
 /// fabric.launch_threads(|fabric| {
-///     let mine = Tensor::new(&[fabric.global_rank() as f32, 5.0], &Device::Cpu)?;
+///     let mine = Tensor::new(&[fabric.global_rank() as f32, 5.0], &fabric.tensor_device()?)?;
 ///     let all = fabric.all_gather_tensor(&mine, false)?;
 ///     assert_eq!(all.to_vec2::<f32>()?, [[0.0, 5.0], [1.0, 5.0]]);
 ///     let mean = fabric.all_reduce_tensor(&mine, ReduceOp::Avg)?;
@@ -36,8 +36,12 @@ use crate::{
 /// # Ok::<(), fabric::Error>(())
 /// ```
 pub trait CandleFabric {
-    /// The device of this rank's tensors.
-    fn tensor_device(&self) -> Device;
+    /// The device of this rank's tensors: for [`Fabric::device`]'s `cuda:0`, candle's, which this process opens once, on one
+    /// stream for all its threads; the CPU where ranks compute in the host's memory.
+    ///
+    /// # Errors
+    /// When the device cannot be opened.
+    fn tensor_device(&self) -> Result<Device>;
 
     /// The type that the precision computes in.
     fn compute_dtype(&self) -> DType;
@@ -45,7 +49,7 @@ pub trait CandleFabric {
     /// Build a model on this rank's device, in the type that the precision computes in: [`build`].
     ///
     /// # Errors
-    /// `module`'s.
+    /// `module`'s, and the device's.
     fn init_module<M>(
         &self,
         module: impl FnOnce(VarBuilder<'_>) -> CandleResult<M>,
@@ -54,7 +58,7 @@ pub trait CandleFabric {
     /// The same without memory before `fabric.setup`, which gives each rank its part alone: [`build_deferred`].
     ///
     /// # Errors
-    /// `module`'s.
+    /// `module`'s, and the device's.
     fn init_module_empty<M>(
         &self,
         module: impl FnOnce(VarBuilder<'_>) -> CandleResult<M>,
@@ -63,7 +67,7 @@ pub trait CandleFabric {
     /// A tensor of zeros on this rank's device, in the type that the precision computes in.
     ///
     /// # Errors
-    /// Candle's.
+    /// Candle's, and the device's.
     fn init_tensor(&self, shape: impl Into<Shape>) -> Result<Tensor>;
 
     /// A model's input: floats in the type that the precision computes in, anything else as it is.
@@ -115,31 +119,35 @@ pub trait CandleFabric {
 }
 
 impl CandleFabric for Fabric {
-    fn tensor_device(&self) -> Device {
-        Device::Cpu
+    fn tensor_device(&self) -> Result<Device> {
+        let device = self.device();
+        match device.index {
+            Some(index) if device.accelerator == "cuda" => Ok(cuda::tensor_device(index)?),
+            _ => Ok(Device::Cpu),
+        }
     }
 
     fn compute_dtype(&self) -> DType {
-        candle_dtype(self.precision().policy().param)
+        float(self.precision().policy().param)
     }
 
     fn init_module<M>(
         &self,
         module: impl FnOnce(VarBuilder<'_>) -> CandleResult<M>,
     ) -> Result<CandleModel<M>> {
-        Ok(build(&self.tensor_device(), self.compute_dtype(), module)?)
+        Ok(build(&self.tensor_device()?, self.compute_dtype(), module)?)
     }
 
     fn init_module_empty<M>(
         &self,
         module: impl FnOnce(VarBuilder<'_>) -> CandleResult<M>,
     ) -> Result<CandleModel<M>> {
-        let (device, dtype) = (self.tensor_device(), self.compute_dtype());
+        let (device, dtype) = (self.tensor_device()?, self.compute_dtype());
         Ok(build_deferred(&device, dtype, module)?)
     }
 
     fn init_tensor(&self, shape: impl Into<Shape>) -> Result<Tensor> {
-        let (device, dtype) = (self.tensor_device(), self.compute_dtype());
+        let (device, dtype) = (self.tensor_device()?, self.compute_dtype());
         Ok(Tensor::zeros(shape, dtype, &device)?)
     }
 
@@ -148,7 +156,7 @@ impl CandleFabric for Fabric {
     }
 
     fn cast_output(&self, output: &Tensor) -> Result<Tensor> {
-        cast(output, candle_dtype(self.precision().policy().output))
+        cast(output, float(self.precision().policy().output))
     }
 
     fn autocast(
@@ -163,12 +171,13 @@ impl CandleFabric for Fabric {
         let own = tensor.contiguous()?;
         let all = self.all_gather(&lend(&own)?)?;
         let shape = [&[self.world_size()], own.dims()].concat();
-        let all = tensor_of(&all, &shape)?;
-        if !sync_grads {
+        let all = tensor_of(&all, &shape, own.device())?;
+        if !sync_grads || own.elem_count() == 0 {
             return Ok(all);
         }
         let gathered = Gathered {
-            all: Mutex::new(Some((copy(&all)?, shape))),
+            all: Made::new(take(&all)?),
+            shape: shape.into(),
             fabric: self.clone(),
         };
         Ok(own.apply_op1(gathered)?)
@@ -182,7 +191,7 @@ impl CandleFabric for Fabric {
         let (all, _) = self.all_gather_uneven(&lend(&own)?)?;
         let row_numel: usize = row.iter().product();
         let rows = all.numel().checked_div(row_numel).unwrap_or(0);
-        tensor_of(&all, &[&[rows], row].concat())
+        tensor_of(&all, &[&[rows], row].concat(), own.device())
     }
 
     fn all_reduce_tensor(&self, tensor: &Tensor, op: ReduceOp) -> Result<Tensor> {
@@ -208,7 +217,8 @@ impl CandleFabric for Fabric {
 
 /// The operation whose result is every rank's argument, and whose backward brings every rank's gradient of this one.
 struct Gathered {
-    all: Mutex<Option<(CpuStorage, Vec<usize>)>>,
+    all: Made,
+    shape: Shape,
     fabric: Fabric,
 }
 
@@ -218,17 +228,17 @@ impl CustomOp1 for Gathered {
     }
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> CandleResult<(CpuStorage, Shape)> {
-        let mut all = self.all.lock().unwrap_or_else(|held| held.into_inner());
-        match all.take() {
-            Some((storage, shape)) => Ok((storage, shape.into())),
-            None => candle_core::bail!("a gather was applied twice"),
-        }
+        Ok((self.all.on_cpu()?, self.shape.clone()))
+    }
+
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> CandleResult<(CudaStorage, Shape)> {
+        Ok((self.all.on_cuda()?, self.shape.clone()))
     }
 
     fn bwd(&self, arg: &Tensor, _: &Tensor, grad: &Tensor) -> CandleResult<Option<Tensor>> {
         let grad = grad.contiguous()?;
         let own = self.fabric.reduce_scatter(&lend(&grad)?, ReduceOp::Sum);
-        let own = own.and_then(|own| tensor_of(&own, arg.dims()));
+        let own = own.and_then(|own| tensor_of(&own, arg.dims(), arg.device()));
         own.map(Some)
             .map_err(|error| away::wrapped(error.to_string()))
     }
@@ -242,30 +252,39 @@ fn cast(tensor: &Tensor, dtype: DType) -> Result<Tensor> {
 }
 
 /// Candle's name of a type.
-fn candle_dtype(dtype: Dtype) -> DType {
-    let all = [DType::F64, DType::F32, DType::F16, DType::BF16];
-    let found = all
-        .into_iter()
-        .find(|known| dtype_of(*known).is_ok_and(|known| known == dtype));
-    found.unwrap_or(DType::F32) // precisions have these four alone
+fn candle_dtype(dtype: Dtype) -> Option<DType> {
+    let all = [
+        DType::F64,
+        DType::F32,
+        DType::F16,
+        DType::BF16,
+        DType::U8,
+        DType::U32,
+        DType::I64,
+    ];
+    let is_it = |known: &DType| dtype_of(*known).is_ok_and(|known| known == dtype);
+    all.into_iter().find(is_it)
 }
 
-/// A tensor of a slab's values.
-fn tensor_of(slab: &Slab, shape: &[usize]) -> Result<Tensor> {
-    let device = &Device::Cpu;
-    Ok(match slab.dtype() {
-        Dtype::F64 => Tensor::from_slice(slab.as_slice::<f64>(), shape, device)?,
-        Dtype::F32 => Tensor::from_slice(slab.as_slice::<f32>(), shape, device)?,
-        Dtype::F16 => Tensor::from_slice(slab.as_slice::<half::f16>(), shape, device)?,
-        Dtype::BF16 => Tensor::from_slice(slab.as_slice::<half::bf16>(), shape, device)?,
-        Dtype::U8 => Tensor::from_slice(slab.as_slice::<u8>(), shape, device)?,
-        Dtype::U32 => Tensor::from_slice(slab.as_slice::<u32>(), shape, device)?,
-        Dtype::I64 => Tensor::from_slice(slab.as_slice::<i64>(), shape, device)?,
-        other => {
-            return Err(Error::argument(
-                format!("candle has no tensors of {other}"),
-                "Gather floats, u8, u32 or i64",
-            ));
-        }
-    })
+/// Candle's name of a precision's type.
+fn float(dtype: Dtype) -> DType {
+    candle_dtype(dtype).unwrap_or(DType::F32) // precisions have candle's four floats alone
+}
+
+/// A tensor on `device` of a slab's values, wherever they lie.
+fn tensor_of(slab: &Slab, shape: &[usize], device: &Device) -> Result<Tensor> {
+    let Some(dtype) = candle_dtype(slab.dtype()) else {
+        return Err(Error::argument(
+            format!("candle has no tensors of {}", slab.dtype()),
+            "Gather floats, u8, u32 or i64",
+        ));
+    };
+    let (tensor, all) = (blank(device, dtype, shape)?, 0..slab.numel());
+    if all.is_empty() {
+        return Ok(tensor); // candle opens none whose strides are 0
+    }
+    open(&tensor, &mut |buffer| {
+        buffer.write(all.clone(), slab.part(all.clone()))
+    })?;
+    Ok(tensor)
 }

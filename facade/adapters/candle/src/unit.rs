@@ -1,17 +1,15 @@
 //! A unit: the part of a model whose parameters are gathered together, used together and dropped together.
 
-use std::{
-    fmt,
-    sync::{Arc, Mutex},
-};
+use std::{fmt, sync::Arc};
 
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use candle_nn::VarBuilder;
 use fabric::model::{Edge, Events, UnitId};
 
 use crate::{
     backend::whose,
     checkpoint::{self, Entrance},
+    made::Made,
     shelf::Shelf,
     storage::copy,
 };
@@ -205,7 +203,7 @@ impl fmt::Debug for Unit {
 struct Exit {
     unit: UnitId,
     events: Arc<dyn Events>,
-    output: Mutex<Option<CpuStorage>>,
+    output: Made,
 }
 
 impl Exit {
@@ -215,7 +213,7 @@ impl Exit {
         output.apply_op1(Self {
             unit,
             events: events.clone(),
-            output: Mutex::new(Some(copy(output)?)),
+            output: Made::new(copy(output)?),
         })
     }
 }
@@ -226,7 +224,11 @@ impl CustomOp1 for Exit {
     }
 
     fn cpu_fwd(&self, _: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        Ok((only(&self.output)?, layout.shape().clone()))
+        Ok((self.output.on_cpu()?, layout.shape().clone()))
+    }
+
+    fn cuda_fwd(&self, _: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        Ok((self.output.on_cuda()?, layout.shape().clone()))
     }
 
     fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
@@ -234,14 +236,5 @@ impl CustomOp1 for Exit {
             .unit(self.unit, Edge::BackwardEnter)
             .map_err(crate::away::wrapped)?;
         Ok(Some(grad.clone()))
-    }
-}
-
-/// The memory that an operation was made with: its output.
-pub(crate) fn only(output: &Mutex<Option<CpuStorage>>) -> Result<CpuStorage> {
-    let mut output = output.lock().unwrap_or_else(|held| held.into_inner());
-    match output.take() {
-        Some(memory) => Ok(memory),
-        None => bail!("an operation of a unit runs forward once"),
     }
 }

@@ -7,6 +7,8 @@ mod absence;
 mod cartpole;
 #[path = "../examples/gallery/convolution.rs"]
 mod convolution;
+#[path = "candle/devices.rs"]
+mod devices;
 #[path = "candle/example.rs"]
 mod example;
 #[path = "candle/gallery.rs"]
@@ -21,6 +23,8 @@ mod program;
 mod puppet;
 #[path = "candle/tensors.rs"]
 mod tensors;
+#[path = "../examples/gpt/text.rs"]
+mod text;
 #[path = "candle/training.rs"]
 mod training;
 #[path = "candle/units.rs"]

@@ -90,7 +90,9 @@ fn train(fabric: &Fabric, args: &Args) -> Result<()> {
     let train = Turned(train);
     let steps = args.epochs * train.len().div_ceil(args.batch) as u64;
     let train = DataLoader::new(train).batch_size(batch).shuffle(true);
-    let train = train.collate(|digits| Ok(collate(&digits)?));
+    let device = fabric.tensor_device()?;
+    let on = device.clone();
+    let train = train.collate(move |digits| Ok(collate(&digits, &on)?));
     let test = || DataLoader::new(test.clone()).batch_size(60);
     let reader = Reader {
         fabric: fabric.clone(),
@@ -109,7 +111,7 @@ fn train(fabric: &Fabric, args: &Args) -> Result<()> {
     }
     let optimizer = AdamW::new(args.lr).weight_decay(1e-2);
     let model = fabric.init_module(|vb| Network::new(&vb))?;
-    let validation = test().collate(|digits| Ok(collate(&digits)?));
+    let validation = test().collate(move |digits| Ok(collate(&digits, &device)?));
     let trained = trainer.fit(fabric, &reader, (model, optimizer), (train, validation))?;
 
     let path = args.out().join("model.safetensors");
@@ -143,7 +145,9 @@ fn reread(
     Fabric::seed_everything(Some(reader.seed.wrapping_add(1)))?;
     let model = fabric.setup_module(fabric.init_module(|vb| Network::new(&vb))?)?;
     fabric.load(path, State::new().model("model", &model))?;
-    let loader = fabric.setup_dataloaders(samples.collate(|digits| Ok(collate(&digits)?)))?;
+    let device = fabric.tensor_device()?;
+    let samples = samples.collate(move |digits| Ok(collate(&digits, &device)?));
+    let loader = fabric.setup_dataloaders(samples)?;
     let mut right = Vec::new();
     for batch in &loader {
         let scores = reader.validation_step(&model, &batch?)?;
@@ -237,12 +241,12 @@ struct Batch {
     classes: Tensor,
 }
 
-fn collate(digits: &[Digit]) -> CandleResult<Batch> {
+fn collate(digits: &[Digit], device: &Device) -> CandleResult<Batch> {
     let pixels = digits.iter().flat_map(|digit| digit.pixels.iter().copied());
     let classes = digits.iter().map(|digit| digit.class as u32);
     Ok(Batch {
-        pixels: Tensor::from_iter(pixels, &Device::Cpu)?.reshape((digits.len(), (), 1))?,
-        classes: Tensor::from_iter(classes, &Device::Cpu)?,
+        pixels: Tensor::from_iter(pixels, device)?.reshape((digits.len(), (), 1))?,
+        classes: Tensor::from_iter(classes, device)?,
     })
 }
 

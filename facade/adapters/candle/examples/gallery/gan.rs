@@ -3,7 +3,7 @@
 
 use std::{io::Write, path::Path, time::Instant};
 
-use candle_core::{DType, Device, Result as CandleResult, Tensor};
+use candle_core::{DType, Result as CandleResult, Tensor};
 use fabric::{
     Error, Fabric, FabricModule, FabricOptimizer, ReduceOp, Result, data::DataLoader, optim::AdamW,
 };
@@ -65,12 +65,12 @@ fn run(fabric: &Fabric, args: &Args) -> Result<()> {
             "Choose a smaller --batch, or fewer --devices",
         ));
     }
-    let mut game = Game::new(fabric, args)?;
+    let (mut game, device) = (Game::new(fabric, args)?, fabric.tensor_device()?);
     let (mut losses, mut steps) = ((0.0, 0.0), 0);
     for epoch in 1..=args.epochs {
         for batch in &loader {
             let batch = batch?;
-            let real = Tensor::from_vec(batch.concat(), (batch.len(), PIXELS), &Device::Cpu)?;
+            let real = Tensor::from_vec(batch.concat(), (batch.len(), PIXELS), &device)?;
             let own = game.play(&real)?;
             losses = fabric.all_reduce_value(own, ReduceOp::Avg)?;
             steps += 1;
@@ -175,7 +175,8 @@ impl Game {
     fn forge(&mut self, count: usize) -> Result<Tensor> {
         let normal = rand_distr::StandardNormal;
         let noise = (0..count * NOISE).map(|_| self.rng.sample::<f32, _>(normal));
-        let noise = Tensor::from_iter(noise, &Device::Cpu)?.reshape((count, NOISE))?;
+        let noise =
+            Tensor::from_iter(noise, &self.fabric.tensor_device()?)?.reshape((count, NOISE))?;
         let sigmoid = |x: &Tensor| (x.affine(0.5, 0.0)?.tanh()? + 1.0)?.affine(0.5, 0.0);
         self.fabric
             .autocast(&noise, |noise| sigmoid(&self.forger.0.forward(noise)?))

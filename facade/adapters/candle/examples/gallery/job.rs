@@ -8,6 +8,9 @@ use serde_json::{Value, json};
 /// Where and how an example runs.
 #[derive(clap::Args, Clone)]
 pub struct Job {
+    /// auto, cpu, or cuda (or gpu) in a build with --features cuda
+    #[arg(long, default_value = "auto")]
+    pub accelerator: String,
     /// Processes: a number, or "auto"
     #[arg(long, default_value = "2")]
     pub devices: String,
@@ -28,6 +31,7 @@ pub struct Job {
 impl Job {
     pub fn builder(&self) -> Builder {
         Fabric::builder()
+            .accelerator(&self.accelerator)
             .devices(&self.devices)
             .strategy(&self.strategy)
             .precision(&self.precision)
@@ -50,6 +54,7 @@ pub fn tell(fabric: &Fabric, text: impl std::fmt::Display) {
 
 /// The last line on standard output: `results`, and how they came about.
 pub fn report(fabric: &Fabric, started: Instant, mut results: Value) -> Result<()> {
+    results["device"] = json!(fabric.device().to_string());
     results["world_size"] = json!(fabric.world_size());
     results["strategy"] = json!(fabric.strategy());
     results["precision"] = json!(fabric.precision().to_string());

@@ -69,7 +69,8 @@ fn run(fabric: &Fabric, args: &Args) -> Result<()> {
             let loader = |samples| -> Result<_> {
                 let loader = DataLoader::new(Subset::new(digits.clone(), samples)?);
                 let loader = loader.batch_size(args.batch as usize);
-                Ok(loader.collate(|digits| Ok(collate(&digits)?)))
+                let device = fabric.tensor_device()?;
+                Ok(loader.collate(move |digits| Ok(collate(&digits, &device)?)))
             };
             let loaders = (loader(train)?.shuffle(true).seed(number), loader(left_out)?);
             let (train, left_out) = fabric.setup_dataloaders(loaders)?;
@@ -145,12 +146,12 @@ fn judge(fabric: &Fabric, folds: &[Fold]) -> Result<(Vec<f64>, usize)> {
     Ok((accuracies, samples))
 }
 
-fn collate(digits: &[Digit]) -> CandleResult<Batch> {
+fn collate(digits: &[Digit], device: &Device) -> CandleResult<Batch> {
     let pixels = digits.iter().flat_map(|digit| digit.pixels.iter().copied());
     let classes = digits.iter().map(|digit| digit.class as u32);
     Ok((
-        Tensor::from_iter(pixels, &Device::Cpu)?.reshape((digits.len(), PIXELS))?,
-        Tensor::from_iter(classes, &Device::Cpu)?,
+        Tensor::from_iter(pixels, device)?.reshape((digits.len(), PIXELS))?,
+        Tensor::from_iter(classes, device)?,
     ))
 }
 

@@ -64,12 +64,13 @@ fn run(fabric: &Fabric, args: &Args) -> Result<()> {
         fabric::seed::rng(fabric::seed::derive(args.job.seed, &[rank, number]))
     };
     let (mut rng, every) = (stream(0), (args.steps / 10).max(1));
+    let device = fabric.tensor_device()?;
     for step in 0..args.steps {
         optimizer.set_learning_rate(args.lr * (1.0 - step as f64 / args.steps as f64));
         let sines = Sines::draw(args.tasks as usize, &mut rng);
         let (support, query) = (
-            sines.points(args.shots, &mut rng)?,
-            sines.points(args.shots, &mut rng)?,
+            sines.points(args.shots, &mut rng, &device)?,
+            sines.points(args.shots, &mut rng, &device)?,
         );
         let adapted = model.adapt(&support, args)?;
         let (loss, gradients) = judge(&adapted, &query)?;
@@ -92,8 +93,8 @@ fn run(fabric: &Fabric, args: &Args) -> Result<()> {
     let (mut rng, tasks) = (stream(1), 128);
     let sines = Sines::draw(tasks, &mut rng);
     let (support, query) = (
-        sines.points(args.shots, &mut rng)?,
-        sines.points(100, &mut rng)?,
+        sines.points(args.shots, &mut rng, &device)?,
+        sines.points(100, &mut rng, &device)?,
     );
     let first = model.copies(tasks)?;
     let before = error(&first, &query)?;
@@ -211,7 +212,7 @@ impl Sines {
         Self((0..tasks).map(sine).collect())
     }
 
-    fn points(&self, each: u64, rng: &mut ChaCha8Rng) -> CandleResult<Points> {
+    fn points(&self, each: u64, rng: &mut ChaCha8Rng, device: &Device) -> CandleResult<Points> {
         let (mut xs, mut ys) = (Vec::new(), Vec::new());
         for (amplitude, phase) in &self.0 {
             for _ in 0..each {
@@ -220,8 +221,7 @@ impl Sines {
                 ys.push(amplitude * (x - phase).sin());
             }
         }
-        let tensor =
-            |values| Tensor::from_vec(values, (self.0.len(), each as usize, 1), &Device::Cpu);
+        let tensor = |values| Tensor::from_vec(values, (self.0.len(), each as usize, 1), device);
         Ok(Points(tensor(xs)?, tensor(ys)?))
     }
 }

@@ -17,6 +17,9 @@ use crate::{model::Config, text::Windows};
 
 --out gets last.safetensors and version_N/metrics.csv. The last line on standard output is a report in JSON.")]
 pub struct Args {
+    /// auto, cpu, or cuda (or gpu) in a build with --features cuda
+    #[arg(long, default_value = "auto")]
+    pub accelerator: String,
     /// Processes: a number, or "auto"
     #[arg(long, default_value = "auto")]
     pub devices: String,
@@ -41,7 +44,7 @@ pub struct Args {
     /// Where metrics and checkpoint go
     #[arg(long, default_value = "out/gpt")]
     pub out: PathBuf,
-    /// A text file, or a folder of sources; this repository if not given
+    /// A text file, or a folder of sources; if not given this repository, and where that is not its documentation
     #[arg(long)]
     pub data: Option<PathBuf>,
     /// The largest learning rate

@@ -1,4 +1,5 @@
-//! Text to train on: a file, the files of a folder, or this repository's own sources and documentation, cut in windows.
+//! Text to train on: a file, the files of a folder, or this repository's own sources and documentation, cut in windows. The
+//! documentation is in the program too, for where the repository is not.
 
 use std::{
     fs,
@@ -9,6 +10,14 @@ use std::{
 use fabric::{Error, Result, data::Dataset};
 
 const ENDINGS: [&str; 4] = ["rs", "md", "toml", "txt"];
+
+/// What is learnt where the repository is not.
+const CARRIED: [&str; 4] = [
+    include_str!("../../../../../docs/FABRIC.md"),
+    include_str!("../../../../../docs/ARCHITECTURE.md"),
+    include_str!("../../../../../docs/PERFORMANCE.md"),
+    include_str!("../../../../../README.md"),
+];
 
 /// Windows of `context + 1` bytes, one behind the other, overlapping by the last byte.
 #[derive(Clone)]
@@ -30,24 +39,19 @@ impl Dataset for Windows {
     }
 }
 
-/// The text at `path` (by default this repository), as windows to train on and windows to validate on: every tenth
-/// piece of 4 KiB is for validation.
+/// This repository, where the program was built and still is.
+pub fn repository() -> Option<PathBuf> {
+    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../..");
+    root.is_dir().then_some(root)
+}
+
+/// The text at `path`, or what the program carries, as windows to train on and windows to validate on: every tenth piece of
+/// 4 KiB is for validation.
 pub fn load(path: Option<&Path>, context: usize) -> Result<(Windows, Windows)> {
-    let (root, name) = match path {
-        Some(path) => (path.to_path_buf(), path.display().to_string()),
-        None => (
-            PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../.."),
-            "this repository".into(),
-        ),
+    let (text, name) = match path {
+        Some(path) => (read(path)?, path.display().to_string()),
+        None => (CARRIED.concat().into_bytes(), "the documentation".into()),
     };
-    let mut files = Vec::new();
-    collect(&root, path.is_some_and(Path::is_file), &mut files).map_err(unreadable(&root))?;
-    files.sort();
-    let mut text = Vec::new();
-    for file in &files {
-        text.extend(fs::read(file).map_err(unreadable(file))?);
-        text.push(b'\n');
-    }
     let (mut train, mut validation) = (Vec::new(), Vec::new());
     for (index, piece) in text.chunks(4096).enumerate() {
         if index % 10 == 9 {
@@ -71,6 +75,19 @@ pub fn load(path: Option<&Path>, context: usize) -> Result<(Windows, Windows)> {
         ));
     }
     Ok((train, validation))
+}
+
+/// A file, or all files of a folder, one behind the other.
+fn read(path: &Path) -> Result<Vec<u8>> {
+    let mut files = Vec::new();
+    collect(path, path.is_file(), &mut files).map_err(unreadable(path))?;
+    files.sort();
+    let mut text = Vec::new();
+    for file in &files {
+        text.extend(fs::read(file).map_err(unreadable(file))?);
+        text.push(b'\n');
+    }
+    Ok(text)
 }
 
 fn unreadable(path: &Path) -> impl FnOnce(std::io::Error) -> Error {

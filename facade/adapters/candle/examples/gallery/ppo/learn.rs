@@ -2,7 +2,7 @@
 
 use candle_core::{Device, Result as CandleResult, Tensor};
 use fabric::{Clip, Fabric, FabricModule, FabricOptimizer, ReduceOp, Result, optim::AdamW};
-use fabric_candle::{CandleModel, Loss};
+use fabric_candle::{CandleFabric, CandleModel, Loss};
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -59,7 +59,8 @@ impl Learner {
     /// Learn from this rank's moves, of which every rank has as many.
     pub fn learn(&mut self, rollout: &Rollout, pace: Pace) -> Result<Lesson> {
         self.optimizer.set_learning_rate(pace.lr);
-        let moves = Moves::new(rollout, &self.advantages(rollout)?)?;
+        let device = self.fabric.tensor_device()?;
+        let moves = Moves::new(rollout, &self.advantages(rollout)?, &device)?;
         let mut order: Vec<u32> = (0..rollout.len() as u32).collect();
         let mut lesson = Lesson::default();
         for _ in 0..PASSES {
@@ -128,18 +129,18 @@ struct Moves {
 }
 
 impl Moves {
-    fn new(rollout: &Rollout, advantages: &[f32]) -> CandleResult<Self> {
+    fn new(rollout: &Rollout, advantages: &[f32], device: &Device) -> CandleResult<Self> {
         Ok(Self {
-            sights: tensor(rollout.sights.iter().copied())?,
-            actions: Tensor::new(&rollout.actions[..], &Device::Cpu)?.unsqueeze(1)?,
-            odds: Tensor::new(&rollout.odds[..], &Device::Cpu)?,
-            advantages: Tensor::new(advantages, &Device::Cpu)?,
-            returns: Tensor::new(&rollout.returns[..], &Device::Cpu)?,
+            sights: tensor(rollout.sights.iter().copied(), device)?,
+            actions: Tensor::new(&rollout.actions[..], device)?.unsqueeze(1)?,
+            odds: Tensor::new(&rollout.odds[..], device)?,
+            advantages: Tensor::new(advantages, device)?,
+            returns: Tensor::new(&rollout.returns[..], device)?,
         })
     }
 
     fn select(&self, which: &[u32]) -> CandleResult<Self> {
-        let which = Tensor::new(which, &Device::Cpu)?;
+        let which = Tensor::new(which, self.odds.device())?;
         let select = |tensor: &Tensor| tensor.index_select(&which, 0);
         Ok(Self {
             sights: select(&self.sights)?,

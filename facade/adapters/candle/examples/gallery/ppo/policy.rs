@@ -13,6 +13,7 @@ const HIDDEN: usize = 64;
 pub struct Policy {
     actor: Mlp,
     critic: Mlp,
+    device: Device,
 }
 
 impl Policy {
@@ -24,6 +25,7 @@ impl Policy {
         Ok(Self {
             actor: mlp("actor", 2)?,
             critic: mlp("critic", 1)?,
+            device: vb.device().clone(),
         })
     }
 
@@ -36,8 +38,8 @@ impl Policy {
 
     /// [`Policy::forward`] of what was seen, to act by.
     pub fn look(&self, sights: &[Sight]) -> Result<(Vec<[f32; 2]>, Vec<f32>)> {
-        let (odds, values) =
-            self.forward(&tensor(sights.iter().flatten().map(|seen| *seen as f32))?)?;
+        let sights = sights.iter().flatten().map(|seen| *seen as f32);
+        let (odds, values) = self.forward(&tensor(sights, &self.device)?)?;
         let odds = odds.to_vec2::<f32>()?;
         let odds = odds.into_iter().map(|odds| [odds[0], odds[1]]);
         Ok((odds.collect(), values.to_vec1()?))
@@ -45,6 +47,6 @@ impl Policy {
 }
 
 /// Sights, one behind the other, as f32[rows, 4].
-pub fn tensor(sights: impl Iterator<Item = f32>) -> Result<Tensor> {
-    Tensor::from_iter(sights, &Device::Cpu)?.reshape(((), 4))
+pub fn tensor(sights: impl Iterator<Item = f32>, device: &Device) -> Result<Tensor> {
+    Tensor::from_iter(sights, device)?.reshape(((), 4))
 }
