@@ -8,6 +8,7 @@ mod functions;
 mod memory;
 mod pending;
 mod queue;
+mod staging;
 mod tasks;
 
 pub use driver::{devices, ready};

@@ -225,10 +225,15 @@ impl Launch {
 /// Bytes in device memory, for the next launch.
 pub(super) fn upload(queue: &Queue, bytes: &[u8]) -> Result<Arc<Piece>, KernelError> {
     let piece = Piece::fresh(queue, bytes.len())?;
-    // SAFETY: the piece has this size. The driver has taken a copy of pageable memory, such as every vector's, when it
-    // returns. Test: `tests/gpu`, kernels: a fake driver that reads late would read the next table.
+    let failed = || refused(queue.ordinal(), "upload a table");
+    let mut staging = queue.staging();
+    let staged = staging.take(bytes, queue.stream()).map_err(failed())?;
+    let bytes = staged.unwrap_or(bytes);
+    // SAFETY: the piece has this size. What was staged stays until the stream has read it; of pageable memory, such as every
+    // vector's, the driver has a copy when it returns. Test: `tests/gpu`, queues: a fake driver that reads late would read the
+    // next table.
     let copied = unsafe { result::memcpy_htod_async(piece.address() as u64, bytes, queue.raw()) };
-    copied.map_err(refused(queue.ordinal(), "upload a table"))?;
+    copied.map_err(failed())?;
     Ok(Arc::new(piece))
 }
 

@@ -13,6 +13,7 @@ use super::driver::{ready, refused};
 use super::functions::Functions;
 use super::memory::{Piece, Recorded};
 use super::pending::Pending;
+use super::staging::Staging;
 use crate::device::{self, Block, Device, Moment, Squares, Task};
 use crate::dtype::Memory;
 use crate::error::KernelError;
@@ -25,6 +26,7 @@ pub struct Queue {
     me: Weak<Queue>,
     ordinal: u32,
     thread: Option<ThreadId>, // whose own stream it is
+    staging: Mutex<Staging>,  // freed before the stream
     stream: Arc<CudaStream>,
     functions: Arc<Functions>,
     pending: Mutex<Pending>,
@@ -104,6 +106,7 @@ impl Queue {
             stream,
             functions,
             pending: Mutex::default(),
+            staging: Mutex::default(),
             failed: Mutex::default(),
         });
         known.insert(key, Arc::downgrade(&queue));
@@ -153,6 +156,10 @@ impl Queue {
 
     pub(super) fn pending(&self) -> MutexGuard<'_, Pending> {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn staging(&self) -> MutexGuard<'_, Staging> {
+        self.staging.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Keep an error that nobody can be told at present: the next call returns it.

@@ -405,3 +405,28 @@ fn rounding_by_chance_and_scaled_blocks_have_the_bits_of_the_host() {
         assert!(apart.unwrap_err().to_string().contains("memory"));
     });
 }
+
+/// Goal: tables that the driver has not read yet are not overwritten. Method: so many, on a slow device, that the pinned memory
+/// through which they go comes round several times; no host ever settles in between.
+#[test]
+fn tables_of_many_launches_do_not_run_into_one_another() {
+    with_fakes(&[("FAKE_CUDA_DELAY_US", "20")], || {
+        let queue = Queue::open(0).unwrap();
+        let (pieces, launches) = (600, 120); // 19 kB a table, more than two megabytes of tables
+        let mut slabs: Vec<Slab> = (0..2).map(|_| on(&queue, Dtype::F32, pieces)).collect();
+        for launch in 0..launches {
+            kernels::batch(|| {
+                (0..pieces).try_for_each(|piece| {
+                    let slab = &mut slabs[launch % 2];
+                    kernels::fill(slab.part_mut(piece..piece + 1), 7.0)?;
+                    Ok::<_, kernels::KernelError>(())
+                })
+            })
+            .unwrap();
+            let slab = &mut slabs[(launch + 1) % 2];
+            kernels::scale(slab.part_mut(0..pieces), 2.0).unwrap();
+        }
+        assert_eq!(down::<f32>(&slabs[1]), vec![7.0; pieces]);
+        assert_eq!(down::<f32>(&slabs[0]), vec![14.0; pieces]);
+    });
+}
