@@ -79,6 +79,10 @@ impl Queue {
         if into.is_empty() {
             return Ok(());
         }
+        if factor != 1.0 && !into.dtype().is_float() {
+            let (op, dtype) = ("cast_scaled", into.dtype());
+            return Err(KernelError::Unsupported { op, dtype });
+        }
         match (from.device(), into.device()) {
             (None, _) => {
                 self.launch_pending()?;

@@ -96,6 +96,14 @@ fn verbs_do_on_a_device_what_they_do_on_the_host() {
             down::<u16>(&whole),
             [1, 40000, 40000, 40000, 40000, 40000, 40000, 40000, 1]
         );
+        let twice = up(&queue, &[1u16; 9]);
+        let refused = kernels::cast_scaled(twice.part(0..9), whole.part_mut(0..9), 2.0);
+        assert!(
+            refused
+                .unwrap_err()
+                .to_string()
+                .contains("cast_scaled is not defined for u16")
+        );
         let refused = kernels::fold(Fold::Sum, whole.part_mut(0..1), Span::of(&[1u16]));
         assert!(
             refused
