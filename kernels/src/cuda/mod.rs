@@ -9,6 +9,7 @@ mod memory;
 mod pending;
 mod queue;
 mod tasks;
+mod turns;
 
 pub use driver::{devices, ready};
 pub use queue::Queue;
