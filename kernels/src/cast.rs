@@ -31,7 +31,7 @@ pub fn cast(from: Span<'_>, into: SpanMut<'_>) -> Result<(), KernelError> {
 
 /// `into[i] = from[i] * factor`, with one multiplication in the accumulator type (f64 if either side is, else f32, to
 /// which the factor is rounded first) and one rounding. Integers go into their own dtype and wrap; their factor must be
-/// a whole number that the dtype holds.
+/// a whole number that the dtype holds, and on a device 1.
 ///
 /// ```
 /// use fabric_kernels::{Span, SpanMut, cast_scaled};
@@ -46,6 +46,14 @@ pub fn cast_scaled(from: Span<'_>, into: SpanMut<'_>, factor: f64) -> Result<(),
     let (source, target) = (from.dtype(), into.dtype());
     if let Some(device) = place([into.device(), from.device()]) {
         movable(source, target)?;
+        // Kernels multiply floats; integers that only come or go are multiplied on the host.
+        let is_there = from.device().is_some() && into.device().is_some();
+        if is_there && factor != 1.0 && !source.is_float() {
+            return Err(KernelError::Unsupported {
+                op: OP,
+                dtype: source,
+            });
+        }
         return device.run(Task::Move { from, into, factor });
     }
     if source.is_float() {

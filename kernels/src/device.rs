@@ -9,7 +9,7 @@
 use std::any::Any;
 use std::cell::{Cell, RefCell};
 use std::fmt::Debug;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use crate::dtype::Memory;
 use crate::error::KernelError;
@@ -226,7 +226,7 @@ thread_local! {
 /// Let devices put off what `work` gives them from this thread, and do it together when `work` is over: many small
 /// pieces of one kind are one launch. Nothing for memory of the host. What `work` touches must stay where it is until then:
 /// parameters, say, but not a temporary of a library that frees behind the device's back (see [`put_off`]). Pieces of work
-/// that depend on one another are done in their order on one queue; on several queues they must not.
+/// that depend on one another are done in their order.
 ///
 /// # Errors
 /// Those of `work`; then those of what was put off.
@@ -244,22 +244,18 @@ pub fn batch<T, E: From<KernelError>>(work: impl FnOnce() -> Result<T, E>) -> Re
     Ok(result)
 }
 
-/// [`batch`] without its end: what `work` gives to `device` waits for more of its kind, until anything else is given or
-/// [`Device::flush`] is called. `hold` keeps the memory meanwhile.
+/// [`batch`] without its end: what `work` gives to devices waits for more of its kind, until anything else is given or
+/// [`Device::flush`] is called. They keep `hold`, which keeps its memory, meanwhile.
 ///
 /// # Errors
 /// Those of `work`.
 pub fn put_off<T, E>(
-    device: &dyn Device,
     hold: Box<dyn Any + Send>,
     work: impl FnOnce() -> Result<T, E>,
 ) -> Result<T, E> {
-    let result = {
-        let _scope = Scope::enter();
-        work()
-    };
-    device.keep(hold);
-    result
+    let _held = Held(Arc::new(Mutex::new(hold))); // dropped after the scope
+    let _scope = Scope::enter();
+    work()
 }
 
 /// Flush all devices that this thread has given work to put off: before work that is done at once, which comes after it.
@@ -270,8 +266,9 @@ pub fn flush_waiting() -> Result<(), KernelError> {
     if WAITING.with_borrow(Vec::is_empty) {
         return Ok(());
     }
-    let waiting = WAITING.take();
-    waiting.iter().try_for_each(|device| device.flush())
+    // All of them, whatever becomes of the first: nobody would flush the others later.
+    let flushed = WAITING.take().into_iter().map(|device| device.flush());
+    flushed.fold(Ok(()), Result::and)
 }
 
 /// Whether work may be put off at present; then `device` is told to flush at the end of the batch.
@@ -301,6 +298,20 @@ impl Scope {
 impl Drop for Scope {
     fn drop(&mut self) {
         DEPTH.set(DEPTH.get() - 1);
+        if DEPTH.get() == 0 && std::thread::panicking() {
+            // What the work touches may be gone when the panic is over. An error of the device says less than the panic.
+            let _ = flush_waiting();
+        }
+    }
+}
+
+/// What keeps memory, for all devices to keep on which work over it may wait, when it was given, also when that panics.
+struct Held(Arc<Mutex<Box<dyn Any + Send>>>);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let keep = |device: &Arc<dyn Device>| device.keep(Box::new(self.0.clone()));
+        WAITING.with_borrow(|waiting| waiting.iter().for_each(keep));
     }
 }
 

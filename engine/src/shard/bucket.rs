@@ -148,12 +148,10 @@ impl Bucket {
 
     /// Take a gradient in: copied on the first micro-batch, added on the next, cast on the way.
     pub(super) fn take(&mut self, rank: usize, entry: usize, grad: &dyn Buffer) -> Result<()> {
-        // A device packs many gradients in one launch, where the library lets go of none before. The bucket's queue does it,
-        // so that this one keeps them, and not the queue on which they were computed.
-        match self.here(rank)?.device().cloned().zip(grad.hold()) {
-            Some((device, hold)) => {
-                kernels::put_off(&*device, hold, || self.copy_or_add(rank, entry, grad))?;
-            }
+        // A device packs many gradients in one launch, where the library lets go of none before.
+        let is_away = grad.span().is_some_and(|span| span.device().is_some());
+        match grad.hold().filter(|_| is_away) {
+            Some(hold) => kernels::put_off(hold, || self.copy_or_add(rank, entry, grad))?,
             None => self.copy_or_add(rank, entry, grad)?,
         }
         self.arrived[entry] = true;

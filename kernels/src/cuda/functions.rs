@@ -8,6 +8,7 @@ use cudarc::driver::{CudaContext, result, sys};
 
 use super::abi::THREADS;
 use super::driver::refused;
+use super::turns::Turns;
 use crate::dtype::Memory;
 use crate::error::KernelError;
 
@@ -18,11 +19,15 @@ struct Module {
     cubins: &'static [(i32, &'static [u8])],
 }
 
+/// Bytes where a driver that maps the ELF file in them finds its headers aligned.
+#[repr(C, align(64))]
+struct Aligned<T>(T);
+
 macro_rules! module {
     ($name:literal $(, $major:literal => $cubin:literal)*) => {
         Module {
             ptx: include_str!(concat!("../../cuda/built/", $name, ".ptx")),
-            cubins: &[$(($major, include_bytes!(concat!("../../cuda/built/", $cubin, ".cubin")))),*],
+            cubins: &[$(($major, &Aligned(*include_bytes!(concat!("../../cuda/built/", $cubin, ".cubin"))).0)),*],
         }
     };
 }
@@ -65,6 +70,7 @@ pub(super) struct Functions {
     major: i32,
     multiprocessors: u32,
     loaded: Mutex<Loaded>,
+    turns: Turns,
 }
 
 #[derive(Default)]
@@ -76,6 +82,18 @@ struct Loaded {
 // SAFETY: handles of modules and functions are numbers to the driver, which any thread may name once the context is bound to
 // it. Test: `tests/gpu`, several ranks as threads.
 unsafe impl Send for Loaded {}
+
+/// Whether a driver says that it does not understand a cubin.
+fn is_too_new(error: result::DriverError) -> bool {
+    use sys::CUresult as Code;
+    matches!(
+        error.0,
+        Code::CUDA_ERROR_NO_BINARY_FOR_GPU
+            | Code::CUDA_ERROR_INVALID_IMAGE
+            | Code::CUDA_ERROR_INVALID_SOURCE
+            | Code::CUDA_ERROR_UNSUPPORTED_PTX_VERSION
+    )
+}
 
 /// The oldest devices for which the kernels are compiled: those with bf16.
 const OLDEST_MAJOR: i32 = 8;
@@ -108,9 +126,15 @@ impl Functions {
             major,
             multiprocessors: context.attribute(count).map_err(ask())?.max(1) as u32,
             loaded: Mutex::default(),
+            turns: Turns::default(),
         });
         all.insert(key, functions.clone());
         Ok(functions)
+    }
+
+    /// Whose turn it is to launch.
+    pub(super) fn turns(&self) -> &Turns {
+        &self.turns
     }
 
     /// The kernel of this name; the context is bound to this thread.
@@ -152,7 +176,11 @@ impl Functions {
         let mut cubins = module.cubins.iter();
         if let Some((_, cubin)) = cubins.find(|(major, _)| *major == self.major) {
             // SAFETY: the image is a whole cubin, which says its own length. Test: `tests/gpu`, kernels.
-            return unsafe { result::module::load_data(cubin.as_ptr().cast()) };
+            match unsafe { result::module::load_data(cubin.as_ptr().cast()) } {
+                // A driver older than the compiler of the machine code still compiles the PTX.
+                Err(error) if is_too_new(error) => {}
+                loaded => return loaded,
+            }
         }
         let text = CString::new(module.ptx).expect("PTX holds no zero");
         // SAFETY: the image is a text that ends with a zero, and lives during the call. As above.
@@ -179,5 +207,21 @@ impl Functions {
             unsafe { result::launch_kernel(function.handle, grid, block, 0, stream, arguments) };
         let ordinal = self.context.ordinal() as u32;
         launched.map_err(refused(ordinal, format!("launch '{name}'")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn machine_code_is_aligned_and_every_kernel_has_a_module() {
+        for module in MODULES {
+            for (_, cubin) in module.cubins {
+                assert_eq!(cubin.as_ptr().addr() % 64, 0);
+                assert_eq!(cubin[..4], *b"\x7fELF");
+            }
+        }
+        assert!(index().contains_key("copy_bytes") && index().contains_key("squares_end"));
     }
 }

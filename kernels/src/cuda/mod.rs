@@ -10,6 +10,7 @@ mod pending;
 mod queue;
 mod staging;
 mod tasks;
+mod turns;
 
 pub use driver::{devices, ready};
 pub use queue::Queue;

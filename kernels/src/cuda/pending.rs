@@ -3,11 +3,14 @@
 //! [Note: order of what is put off] Pieces of work that touch no common byte may be done in any order, so that one joins the
 //! launch of its kind, whatever came between. As soon as a piece touches memory that waits already, all that waits is
 //! launched first. Two that only read the same bytes are kept apart too: it is rare, and one list of ranges is enough.
+//!
+//! Work over the memory of another queue makes that one a host, and this one its guest: before a host takes or gives
+//! anything more, its guests launch what waits. So all is in the order in which it was given, on however many queues.
 
 use std::any::Any;
 use std::collections::BTreeMap;
 use std::ffi::c_void;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use cudarc::driver::result;
 
@@ -104,6 +107,7 @@ pub(super) struct Pending {
     taken: BTreeMap<u64, u64>, // disjoint ranges of memory that waiting work touches: begin, end
     holds: Vec<Box<dyn Any + Send>>,
     others: Vec<Arc<dyn Device>>, // queues whose memory waiting work touches
+    guests: Vec<Weak<Queue>>,     // queues whose waiting work touches memory of this one
 }
 
 impl Pending {
@@ -116,13 +120,30 @@ impl Pending {
         }
     }
 
+    /// Another queue has waiting work over memory of this one.
+    pub(super) fn receive(&mut self, guest: Weak<Queue>) {
+        if !self.guests.iter().any(|known| known.ptr_eq(&guest)) {
+            self.guests.push(guest);
+        }
+    }
+
+    /// Those that are to launch before the queue takes anything more.
+    pub(super) fn guests(&self) -> impl Iterator<Item = Arc<Queue>> {
+        self.guests.iter().filter_map(Weak::upgrade)
+    }
+
+    /// Whether this piece of work is to wait until all that waits was launched.
+    pub(super) fn refuses(&self, ranges: &[(u64, u64)]) -> bool {
+        !self.guests.is_empty() || self.touches(ranges)
+    }
+
     /// Keep what keeps the memory of waiting work.
     pub(super) fn hold(&mut self, hold: Box<dyn Any + Send>) {
         self.holds.push(hold);
     }
 
     /// Whether waiting work touches any of these ranges.
-    pub(super) fn touches(&self, ranges: &[(u64, u64)]) -> bool {
+    fn touches(&self, ranges: &[(u64, u64)]) -> bool {
         let touches = |(begin, end): &(u64, u64)| {
             let before = self.taken.range(..*end).next_back();
             before.is_some_and(|(_, taken_end)| taken_end > begin)
@@ -165,30 +186,33 @@ impl Pending {
         launch.chunks += numel.div_ceil(kernel.chunk());
     }
 
-    /// Give everything to the driver, then let go what was kept.
-    pub(super) fn launch(self, queue: &Queue) -> Result<(), KernelError> {
-        self.launch_then(queue, || Ok(()))
-    }
-
-    /// The same, and before other queues go on, `more`.
+    /// Give everything to the driver, and before other queues go on, `more`. What was kept may be let go afterwards.
     pub(super) fn launch_then(
-        self,
+        &self,
         queue: &Queue,
         more: impl FnOnce() -> Result<(), KernelError>,
     ) -> Result<(), KernelError> {
         for other in &self.others {
             queue.wait_for(&*other.moment()?)?;
         }
-        self.launches
+        let launched = self
+            .launches
             .iter()
-            .try_for_each(|launch| launch.go(queue))?;
-        more()?;
-        if let Some((first, rest)) = self.others.split_first() {
-            let moment = queue.moment()?;
-            first.wait_for(&*moment)?;
-            rest.iter().try_for_each(|other| other.wait_for(&*moment))?;
+            .try_for_each(|launch| launch.go(queue))
+            .and_then(|()| more());
+        // Also after a failure: what was launched before it runs.
+        let ordered = self.order_others(queue);
+        launched.and(ordered)
+    }
+
+    /// Let the others go on after what was launched.
+    fn order_others(&self, queue: &Queue) -> Result<(), KernelError> {
+        if self.others.is_empty() {
+            return Ok(());
         }
-        Ok(())
+        let moment = queue.moment()?;
+        let waits = self.others.iter().map(|other| other.wait_for(&*moment));
+        waits.fold(Ok(()), Result::and)
     }
 }
 

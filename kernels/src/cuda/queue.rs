@@ -30,7 +30,7 @@ pub struct Queue {
     stream: Arc<CudaStream>,
     functions: Arc<Functions>,
     pending: Mutex<Pending>,
-    failed: Mutex<Option<KernelError>>, // what went wrong where nobody could be told
+    failed: Mutex<Option<KernelError>>, // the first work that was lost
 }
 
 /// The queues there are, by context, stream, and thread where the stream is each thread's own: one stream has one queue, or
@@ -131,7 +131,7 @@ impl Queue {
     /// Make the device the calling thread's: other libraries ask for it.
     ///
     /// # Errors
-    /// The driver's refusal, or an error that is still to be told.
+    /// The driver's refusal.
     pub fn bind(&self) -> Result<(), KernelError> {
         let bound = self.context().bind_to_thread();
         bound.map_err(refused(self.ordinal, "use the device"))
@@ -162,18 +162,23 @@ impl Queue {
         self.staging.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Keep an error that nobody can be told at present: the next call returns it.
+    pub(super) fn weak(&self) -> Weak<Queue> {
+        self.me.clone()
+    }
+
+    /// Keep an error, perhaps of work that somebody else has put off: from now on every call returns it, because what was
+    /// to be computed never will be. The first one stays.
     pub(super) fn remember(&self, error: KernelError) {
         let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
         failed.get_or_insert(error);
     }
 
     fn tell(&self) -> Result<(), KernelError> {
-        let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
-        failed.take().map_or(Ok(()), Err)
+        let failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        failed.clone().map_or(Ok(()), Err)
     }
 
-    /// Bind, and say what is still to be told: the begin of every call.
+    /// Bind, and say whether work was lost: the begin of every call.
     pub(super) fn begin(&self) -> Result<(), KernelError> {
         self.tell()?;
         if self
@@ -193,8 +198,22 @@ impl Queue {
 
     /// Give the driver what was put off. The memory that was kept for it is let go afterwards.
     pub(super) fn launch_pending(&self) -> Result<(), KernelError> {
-        let pending = std::mem::take(&mut *self.pending());
-        pending.launch(self)
+        self.launch_then(|| Ok(()))
+    }
+
+    /// The same, and before other queues go on, `more`.
+    pub(super) fn launch_then(
+        &self,
+        more: impl FnOnce() -> Result<(), KernelError>,
+    ) -> Result<(), KernelError> {
+        let pending; // let go after the turn: what was kept is a library's, which may have locks of its own
+        let _turn = self.functions.turns().take();
+        pending = std::mem::take(&mut *self.pending());
+        let launched = pending.launch_then(self, more);
+        let launched = launched.inspect_err(|error| self.remember(error.clone()));
+        // They came later: this queue takes nothing more while it has guests.
+        let guests = pending.guests().map(|guest| guest.launch_pending());
+        guests.fold(launched, Result::and)
     }
 
     /// "; 3 of 80 GiB are free", where the driver says so.
@@ -257,6 +276,7 @@ impl Device for Queue {
 
     fn squares(&self, spans: &[Span<'_>]) -> Result<Squares, KernelError> {
         self.begin()?;
+        device::flush_waiting()?;
         self.launch_pending()?;
         self.sum_squares(spans)
     }

@@ -207,7 +207,7 @@ impl Queue {
         ranges: &[(u64, u64)],
         others: &[Option<&dyn Device>],
     ) -> Result<(), KernelError> {
-        if self.pending().touches(ranges) {
+        if self.pending().refuses(ranges) {
             self.launch_pending()?;
         }
         others.iter().try_for_each(|other| self.beside(*other))?;
@@ -225,6 +225,7 @@ impl Queue {
         let Some((from, into)) = pairs.first() else {
             return Ok(());
         };
+        self.launch_pending()?;
         let name = format!("stochastic_{}_{}", from.dtype(), into.dtype());
         let (mut table, mut chunks) = (Vec::new(), 0);
         for (from, into) in &pairs {
@@ -261,6 +262,7 @@ impl Queue {
         if from.is_empty() {
             return Ok(());
         }
+        self.launch_pending()?;
         let spans = [from, into, scales];
         spans
             .iter()
@@ -277,7 +279,7 @@ impl Queue {
         self.launch_apart(name, bytemuck::cast_slice(&table), 1, chunks, &[])
     }
 
-    /// Launch a kernel over a table of its own, after all that waits, in order with the queues that were noted.
+    /// Launch a kernel over a table of its own, when nothing waits, in order with the queues that were noted.
     fn launch_apart(
         &self,
         name: &str,
@@ -286,8 +288,7 @@ impl Queue {
         chunks: u64,
         scalars: &[*mut c_void],
     ) -> Result<(), KernelError> {
-        let waiting = std::mem::take(&mut *self.pending());
-        waiting.launch_then(self, || {
+        self.launch_then(|| {
             let table = upload(self, table)?;
             let mut address = table.address() as u64;
             let mut count = u32::try_from(count).expect("fewer entries than 2^32");
@@ -341,6 +342,9 @@ impl Queue {
             });
         }
         self.pending().beside(other);
+        if let Some(host) = other.as_any().downcast_ref::<Queue>() {
+            host.pending().receive(self.weak());
+        }
         Ok(())
     }
 

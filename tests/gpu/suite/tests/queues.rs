@@ -293,7 +293,7 @@ fn memory_is_freed_after_the_work_that_was_put_off_over_it() {
         for part in 0..4 {
             let grad = Arc::new(up(&queue, &[part as f32 + 1.0; 1000]));
             let place = part * 1000..(part + 1) * 1000;
-            kernels::put_off(&*queue, Box::new(grad.clone()), || {
+            kernels::put_off(Box::new(grad.clone()), || {
                 kernels::cast(grad.part(0..1000), into.part_mut(place))
             })
             .unwrap();
@@ -336,7 +336,7 @@ fn what_the_driver_refuses_is_said_in_words() {
 }
 
 #[test]
-fn a_failed_launch_is_told_once_and_names_the_kernel() {
+fn a_failed_launch_is_told_and_names_the_kernel() {
     with_fakes(&[("FAKE_CUDA_FAIL", "cuLaunchKernel:1:719")], || {
         let queue = Queue::open(0).unwrap();
         let mut slab = on(&queue, Dtype::F32, 10);
