@@ -387,7 +387,7 @@ impl Inner {
     /// Wait until nothing is in progress.
     pub(super) fn settle(&self, operation: &str) -> Result<()> {
         let (clock, patience) = (&self.config.clock, self.config.patience());
-        let deadline = clock.now() + patience;
+        let deadline = clock.now().saturating_add(patience);
         let mut nap = FIRST_NAP;
         loop {
             if self.ask(operation)? == Progress::Idle {

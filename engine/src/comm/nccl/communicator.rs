@@ -67,17 +67,25 @@ impl Nccl {
                 "Install NCCL on every machine, or choose accelerator = cpu",
             ));
         }
-        let compute = queue_of(device)?;
-        let comm = meet(&mut host, &library, &compute)?;
-        let watch = Watch::new(&host)?;
-        Self::with(host, comm, compute, watch)
+        let reporter = host.reporter();
+        let compute = queue_of(device);
+        let joined = compute.and_then(|compute| Self::with(host, &library, compute, meet));
+        // The others wait in NCCL, where they hear of this rank only if somebody tells them.
+        joined.map_err(|error| reporter.fail(error))
     }
 
-    fn with(host: Host, comm: Comm, compute: Arc<Queue>, watch: Watch) -> Result<Self> {
-        let own = compute
-            .fork()
-            .map_err(Error::kernel(host.rank(), "open a stream"))?;
-        let comm = Arc::new(comm);
+    /// The ranks of `host`, which `meet` brings together in NCCL.
+    fn with(
+        mut host: Host,
+        library: &Arc<Library>,
+        compute: Arc<Queue>,
+        meet: impl FnOnce(&mut Host, &Arc<Library>, &Queue) -> Result<Comm>,
+    ) -> Result<Self> {
+        // What this rank may lack for itself comes first: then the others have not begun to wait.
+        let own = compute.fork();
+        let own = own.map_err(Error::kernel(host.rank(), "open a stream"))?;
+        let watch = Watch::new(&host)?;
+        let comm = Arc::new(meet(&mut host, library, &compute)?);
         watch.guard(&comm);
         Ok(Self {
             host,
@@ -86,6 +94,24 @@ impl Nccl {
             own,
             watch,
             spent: Spent::default(),
+        })
+    }
+
+    /// The part of this that `host` connects.
+    fn split_with(&self, host: Host, color: u32) -> Result<Self> {
+        let failed = || Error::kernel(self.rank(), "split");
+        self.compute.bind().map_err(failed())?;
+        self.own.settle().map_err(failed())?; // nothing may be in progress
+        // NCCL's own split shares what is open, but it is of 2.18, and its colors are smaller than ours.
+        let splits = self.comm.library().version() >= SPLITS_SINCE && color <= i32::MAX as u32;
+        let library = self.comm.library().clone();
+        Self::with(host, &library, self.compute.clone(), |host, library, compute| {
+            if !splits {
+                return meet(host, library, compute);
+            }
+            let config = config(host);
+            let part = self.comm.split(Some(color), host.rank() as u32, config)?;
+            Ok(part.expect("a rank with a color is in a group"))
         })
     }
 
@@ -118,14 +144,22 @@ impl Nccl {
             bytes: shape.numel * shape.dtype.size(),
         });
         let failed = |what: &str| Error::kernel(rank, format!("{stamp}: {what}"));
-        let begin = self.compute.moment().map_err(failed("begin"))?;
-        self.own.wait_for(&*begin).map_err(failed("begin"))?;
+        // From here on the others wait for this rank: whatever goes wrong, they are told.
+        let homes = homes(&data, &self.compute);
+        let begun = homes
+            .iter()
+            .try_for_each(|home| self.own.wait_for(&*home.moment()?));
+        begun.map_err(|error| self.host.fail(failed("begin")(error)))?;
         self.host.ledger().enter(&stamp);
-        if let Err(error) = moves::submit(&self.comm, &call, &data, &self.own) {
-            std::mem::forget(data); // part of it may be under way
-            return Err(self.host.fail(error));
-        }
-        let done = self.own.moment().map_err(failed("end"))?;
+        let submitted = moves::submit(&self.comm, &call, &data, &self.own);
+        let done = submitted.and_then(|()| self.own.moment().map_err(failed("end")));
+        let done = match done {
+            Ok(done) => done,
+            Err(error) => {
+                std::mem::forget(data); // part of it may be under way
+                return Err(self.host.fail(error));
+            }
+        };
         self.spent += self.host.price(&call, shape.dtype, shape.numel);
         self.watch.follow(Flight::new(
             stamp,
@@ -133,9 +167,8 @@ impl Nccl {
             done.clone(),
         ));
         let signal = self.host.aborter().signal().clone();
-        let compute = self.compute.clone();
         Ok(Work::ahead(Box::new(Landing::new(
-            rank, data, done, compute, signal,
+            rank, data, done, homes, signal,
         ))))
     }
 }
@@ -178,16 +211,32 @@ fn queue_of(device: &Arc<dyn Device>) -> Result<Arc<Queue>> {
     })
 }
 
-/// Where all slabs of some data are; `None` when there are none, or on both sides.
-fn memory(data: &Data) -> Option<Memory> {
-    let mut slabs = match data {
-        Data::None => return Some(Memory::Host),
+/// The queues that work on some data: the compute queue, and those whose memory it is.
+fn homes(data: &Data, compute: &Arc<Queue>) -> Vec<Arc<dyn Device>> {
+    let mut homes: Vec<Arc<dyn Device>> = vec![compute.clone()];
+    for home in slabs(data).into_iter().filter_map(Slab::device) {
+        if !homes.iter().any(|known| Arc::ptr_eq(known, home)) {
+            homes.push(home.clone());
+        }
+    }
+    homes
+}
+
+fn slabs(data: &Data) -> Vec<&Slab> {
+    match data {
+        Data::None => Vec::new(),
         Data::InPlace(slab) => vec![slab],
         Data::Many(slabs) => slabs.iter().collect(),
         Data::Out { from, into } => vec![from, into],
     }
-    .into_iter()
-    .map(Slab::memory);
+}
+
+/// Where all slabs of some data are; `None` when there are none, or on both sides.
+fn memory(data: &Data) -> Option<Memory> {
+    if let Data::None = data {
+        return Some(Memory::Host);
+    }
+    let mut slabs = slabs(data).into_iter().map(Slab::memory);
     let first = slabs.next()?;
     slabs.all(|other| other == first).then_some(first)
 }
@@ -239,28 +288,9 @@ impl Communicator for Nccl {
     }
 
     fn split(&mut self, color: u32, key: u32) -> Result<Box<dyn Communicator>> {
-        let mut host = self.host.subgroup(color, key)?;
-        let failed = || Error::kernel(self.rank(), "split");
-        self.compute.bind().map_err(failed())?;
-        self.own.settle().map_err(failed())?; // nothing may be in progress
-        let library = self.comm.library().clone();
-        // NCCL's own split shares what is open, but it is of 2.18, and its colors are smaller than ours.
-        let comm = match library.version() >= SPLITS_SINCE && color <= i32::MAX as u32 {
-            true => {
-                let part = self
-                    .comm
-                    .split(Some(color), host.rank() as u32, config(&host))?;
-                part.expect("a rank with a color is in a group")
-            }
-            false => meet(&mut host, &library, &self.compute)?,
-        };
-        let watch = Watch::new(&host)?;
-        Ok(Box::new(Self::with(
-            host,
-            comm,
-            self.compute.clone(),
-            watch,
-        )?))
+        let host = self.host.subgroup(color, key)?;
+        let part = self.split_with(host, color);
+        Ok(Box::new(part.map_err(|error| self.host.fail(error))?))
     }
 
     fn aborter(&self) -> Aborter {

@@ -2,7 +2,7 @@
 
 use std::{fmt, sync::Arc, time::Duration};
 
-use fabric_kernels::{Device, cuda::Queue, device::Moment};
+use fabric_kernels::{Device, KernelError, device::Moment};
 
 use crate::{
     comm::{Data, Rank, work::Ahead},
@@ -35,7 +35,7 @@ pub(super) struct Landing {
     rank: Rank,
     data: Option<Data>, // until it is fetched
     done: Arc<dyn Moment>,
-    compute: Arc<Queue>,
+    homes: Vec<Arc<dyn Device>>, // the queues that work on it before and afterwards
     signal: Signal,
 }
 
@@ -44,19 +44,25 @@ impl Landing {
         rank: Rank,
         data: Data,
         done: Arc<dyn Moment>,
-        compute: Arc<Queue>,
+        homes: Vec<Arc<dyn Device>>,
         signal: Signal,
     ) -> Self {
         Self {
             rank,
             data: Some(data),
             done,
-            compute,
+            homes,
             signal,
         }
     }
 
-    fn failed(&self) -> impl FnOnce(fabric_kernels::KernelError) -> Error + use<> {
+    /// Let the queues go on after the operation.
+    fn order(&self) -> Result<(), KernelError> {
+        let waits = self.homes.iter().map(|home| home.wait_for(&*self.done));
+        waits.fold(Ok(()), Result::and)
+    }
+
+    fn failed(&self) -> impl FnOnce(KernelError) -> Error + use<> {
         Error::kernel(self.rank, "wait for a collective")
     }
 }
@@ -69,8 +75,7 @@ impl Ahead for Landing {
 
     fn wait(mut self: Box<Self>) -> Result<Data> {
         self.signal.check()?; // the memory is freed after the operation: see Drop
-        let waits = self.compute.wait_for(&*self.done);
-        waits.map_err(self.failed())?;
+        self.order().map_err(self.failed())?;
         Ok(self.data.take().expect("it is fetched once"))
     }
 
@@ -88,8 +93,8 @@ impl Ahead for Landing {
 impl Drop for Landing {
     fn drop(&mut self) {
         let Some(data) = self.data.take() else { return };
-        // Freed in the compute queue's order: after the operation. Where that cannot be said, not at all.
-        if self.compute.wait_for(&*self.done).is_err() {
+        // Freed in its queue's order: after the operation. Where that cannot be said, not at all.
+        if self.order().is_err() {
             std::mem::forget(data);
         }
     }

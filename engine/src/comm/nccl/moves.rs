@@ -125,7 +125,7 @@ impl Move<'_> {
                 let data = self.operands(0, 0, output);
                 // SAFETY: as of all calls here, `check_shapes` has seen that both slabs hold as many elements; they are of this
                 // device, and stay where they are until the stream has done the operation: their owner, the `Landing`, frees
-                // them after it in the compute queue's order. Test: `tests/gpu`, collectives, by poison in freed memory.
+                // them after it in their queue's order. Test: `tests/gpu`, collectives, by poison in freed memory.
                 unsafe { self.comm.all_reduce(data, op, stream) }
             }
             Op::ReduceScatter(op) if counts.is_none() => {

@@ -151,7 +151,7 @@ impl Shared {
                         self.ledger.leave();
                     }
                 }
-                Ok(false) if self.clock.now() > *begun + flight.patience => {
+                Ok(false) if self.clock.now() > begun.saturating_add(flight.patience) => {
                     return Some(Error::Timeout {
                         rank: self.rank,
                         operation: flight.stamp.to_string(),

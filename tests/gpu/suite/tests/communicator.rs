@@ -552,3 +552,175 @@ fn a_call_that_nccl_refuses_ends_the_group_in_words() {
         );
     });
 }
+
+#[test]
+fn memory_of_another_queue_is_reduced_in_that_queues_order() {
+    with_fakes(&[("FAKE_CUDA_DELAY_US", "1000")], || {
+        world(2, LATE, |mut rank| {
+            let other: Arc<dyn Device> = Queue::open(rank.comm.rank() as u32).unwrap();
+            let all = || 0..5000;
+            for turn in 1..8 {
+                let mut slab = Slab::zeroed_on(Some(&other), Dtype::F32, 5000).unwrap();
+                kernels::fill(slab.part_mut(all()), f64::from(turn)).unwrap();
+                let call = || Call::new(Op::AllReduce(ReduceOp::Sum));
+                let work = rank.comm.submit(call(), Data::InPlace(slab)).unwrap();
+                let mut slab = work.wait().unwrap().into_output();
+                kernels::scale(slab.part_mut(all()), 2.0).unwrap();
+                let expected = (4 * turn) as f32;
+                assert!(down::<f32>(&slab).iter().all(|x| *x == expected));
+                // Freed while it is reduced.
+                drop(rank.comm.submit(call(), Data::InPlace(slab)).unwrap());
+            }
+            rank.comm.barrier().unwrap();
+        });
+    });
+}
+
+/// What all ranks meet when something goes wrong with one of them: nobody waits for long.
+fn all_hear(errors: &[String], what: &str) {
+    for error in errors {
+        assert!(error.contains(what), "{errors:#?}");
+    }
+}
+
+#[test]
+fn a_driver_that_fails_around_an_operation_on_one_rank_ends_the_group() {
+    with_fakes(&[("FAKE_CUDA_FAIL", "cuEventRecord:10:2")], || {
+        let begun = Instant::now();
+        let errors = world(2, 3 * LATE, |mut rank| {
+            let error = outlive(&mut rank).to_string();
+            let slab = Slab::zeroed(Dtype::F32, 1);
+            let call = Call::new(Op::AllReduce(ReduceOp::Sum));
+            let later = rank.comm.submit(call, Data::InPlace(slab));
+            assert!(later.and_then(|work| work.wait()).is_err(), "it stays");
+            error
+        });
+        all_hear(&errors, "record an event");
+        assert!(begun.elapsed() < LATE);
+    });
+}
+
+/// Two ranks that join; what each meets.
+fn joined() -> Vec<Result<()>> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let address = listener.local_addr().unwrap();
+    let begun = Instant::now();
+    let results = std::thread::scope(|scope| {
+        let mut listener = Some(listener);
+        let ranks = [0, 1].map(|rank| {
+            let listener = listener.take();
+            scope.spawn(move || {
+                let member = join(rank, 2, address, listener);
+                let options = HostOptions {
+                    deadline: 3 * LATE,
+                    ..HostOptions::default()
+                };
+                let host = Host::best(&member, options).unwrap();
+                let device: Arc<dyn Device> = Queue::open(rank as u32).unwrap();
+                let result = Nccl::over(host, &device).map(drop);
+                // A rank that failed may live on, and its connections with it.
+                let signal = member.control().signal().clone();
+                if result.is_err() {
+                    signal.wait(LATE);
+                }
+                result
+            })
+        });
+        ranks.map(|rank| rank.join().unwrap())
+    });
+    assert!(begun.elapsed() < LATE, "somebody waited for long");
+    results.into()
+}
+
+fn words(results: Vec<Result<()>>) -> Vec<String> {
+    let word = |result: Result<()>| result.expect_err("on both ranks").to_string();
+    results.into_iter().map(word).collect()
+}
+
+#[test]
+fn a_rank_that_nccl_does_not_take_is_heard_of_by_those_that_wait_in_nccl() {
+    with_fakes(&[("FAKE_NCCL_FAIL", "ncclCommInitRankConfig:2:1")], || {
+        all_hear(&words(joined()), "ncclCommInitRankConfig");
+    });
+}
+
+#[test]
+fn a_rank_without_a_stream_is_heard_of_by_those_that_wait_in_nccl() {
+    with_fakes(&[("FAKE_CUDA_FAIL", "cuStreamCreate:4:2")], || {
+        all_hear(&words(joined()), "open a stream");
+    });
+}
+
+#[test]
+fn a_split_that_fails_on_one_rank_fails_on_all() {
+    with_fakes(&[("FAKE_NCCL_FAIL", "ncclCommSplit:2:1")], || {
+        let begun = Instant::now();
+        let errors = world(2, 3 * LATE, |mut rank| match rank.comm.split(0, 0) {
+            Err(error) => error.to_string(),
+            Ok(_) => outlive(&mut rank).to_string(),
+        });
+        all_hear(&errors, "ncclCommSplit");
+        assert!(begun.elapsed() < LATE);
+    });
+}
+
+#[test]
+fn an_operation_may_have_all_the_time_there_is() {
+    with_fakes(&[], || {
+        world(2, Duration::MAX, |mut rank| {
+            let call = Call {
+                deadline: Some(Duration::MAX),
+                ..Call::new(Op::AllReduce(ReduceOp::Sum))
+            };
+            for _ in 0..3 {
+                let slab = rank.up(&[1f32; 10]);
+                let work = rank.comm.submit(call.clone(), Data::InPlace(slab)).unwrap();
+                work.block().unwrap();
+                assert_eq!(down::<f32>(&work.wait().unwrap().into_output()), [2.0; 10]);
+            }
+            // The watch lives: it aborts what waits.
+            rank.comm.barrier().unwrap();
+            if rank.comm.rank() == 1 {
+                rank.comm.aborter().abort("enough");
+                return;
+            }
+            assert!(outlive(&mut rank).to_string().contains("enough"));
+        });
+    });
+}
+
+fn threads() -> usize {
+    std::fs::read_dir("/proc/self/task").unwrap().count()
+}
+
+#[test]
+fn works_outlive_their_communicator_on_other_threads_and_nothing_stays() {
+    with_fakes(&[("FAKE_CUDA_DELAY_US", "500")], || {
+        let before = threads();
+        for _ in 0..4 {
+            world(2, LATE, |mut rank| {
+                let mut works: Vec<_> = (0..6)
+                    .map(|_| {
+                        let slab = rank.up(&[1f32; 3000]);
+                        let call = Call::new(Op::AllReduce(ReduceOp::Sum));
+                        rank.comm.submit(call, Data::InPlace(slab)).unwrap()
+                    })
+                    .collect();
+                let kept = works.pop().unwrap();
+                drop(rank.comm);
+                std::thread::spawn(move || drop(works)).join().unwrap();
+                let slab = kept.wait().unwrap().into_output();
+                assert_eq!(down::<f32>(&slab), [2.0; 3000]);
+                drop(slab);
+                rank.queue.settle().unwrap();
+            });
+            assert_eq!([0, 1].map(fakes::live), [0, 0]);
+        }
+        // The stand-in keeps one thread a device, and ends those of streams when it comes to it.
+        let begun = Instant::now();
+        while threads() > before + 2 {
+            assert!(begun.elapsed() < LATE, "{} threads stay", threads());
+            std::thread::yield_now();
+        }
+    });
+}

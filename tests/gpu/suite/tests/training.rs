@@ -6,6 +6,7 @@ use std::{
     any::Any,
     path::Path,
     sync::{Arc, Mutex, OnceLock},
+    time::{Duration, Instant},
 };
 
 use fabric::{
@@ -21,7 +22,7 @@ use fabric::{
 };
 use fabric_kernels::{self as kernels, Device, Dtype, Element, Span, SpanMut};
 use gpu_suite::{fakes, stage::with_fakes};
-use half::bf16;
+use half::{bf16, f16};
 
 const STRATEGIES: [&str; 4] = ["ddp", "zero1", "zero2", "fsdp"];
 const WIDTH: usize = 8;
@@ -231,13 +232,18 @@ impl Buffer for Shared {
 /// A loss whose gradients are there: handed over last parameter first, and dropped at once.
 struct Loss<'a> {
     model: &'a Cards,
-    grads: Vec<Slab>,
+    grads: Vec<Option<Slab>>,
 }
 
 impl Backward for Loss<'_> {
-    fn backward(self, _: f32) -> EngineResult<()> {
+    fn backward(self, scale: f32) -> EngineResult<()> {
         let events = self.model.events.get().expect("it was set up");
         for (index, grad) in self.grads.into_iter().enumerate().rev() {
+            let Some(mut grad) = grad else { continue };
+            if scale != 1.0 {
+                let all = 0..grad.numel();
+                kernels::scale(grad.part_mut(all), f64::from(scale))?;
+            }
             events.ready(ParamId(index), &Shared(Arc::new(grad)))?;
         }
         Ok(())
@@ -254,7 +260,7 @@ fn step<O: Optimizer>(
     let grads = model.params().iter().enumerate();
     let grads = grads.map(|(index, meta)| {
         let values = values(meta.numel(), 3 * index + 11 * number + fabric.global_rank());
-        up(&model.device, meta.dtype, &values)
+        Some(up(&model.device, meta.dtype, &values))
     });
     let grads = grads.collect();
     fabric.backward(Loss { model, grads })?;
@@ -422,7 +428,7 @@ fn cost(strategy: &'static str, sizes: &[usize]) -> (u64, u64) {
             let grads = model
                 .params()
                 .iter()
-                .map(|meta| up(&model.device, meta.dtype, &values(meta.numel(), 1)));
+                .map(|meta| Some(up(&model.device, meta.dtype, &values(meta.numel(), 1))));
             let grads = grads.collect();
             model.device.settle().unwrap();
             fabric.barrier()?;
@@ -574,5 +580,162 @@ fn without_nccl_several_devices_are_an_error_on_all_ranks_and_one_device_works()
             .unwrap_err()
             .to_string();
         assert!(error.contains("/nowhere/libnccl.so.2"), "{error}");
+    });
+}
+
+/// What a model may have that is not usual: parameters without elements, frozen ones, some that are not used on all ranks or
+/// by nobody, and gradients that are not finite.
+const ODD: [usize; 7] = [7, 640, 0, 33, 1000, 64, 5];
+const FROZEN: usize = 3;
+
+fn odd_grad(param: usize, step: usize, micro: usize, rank: usize) -> Option<Vec<f32>> {
+    let is_unused = match param {
+        FROZEN => true,
+        4 => step == 2 && rank % 2 == 1, // some rank's only
+        5 => step == 1,                  // nobody's
+        6 => micro == 0,                 // of the second micro-batch alone
+        _ => false,
+    };
+    let mut grad = values(ODD[param], 3 * param + 11 * step + 5 * micro + rank);
+    if (param, step, micro, rank) == (1, 3, 1, 0) {
+        grad[17] = f32::INFINITY;
+    }
+    (!is_unused).then_some(grad)
+}
+
+/// Five steps of two micro-batches each, then checkpoints of both forms; what rank 0 finds in the full one, the parameters
+/// on all ranks, and which steps were skipped.
+type Odd = (Vec<(String, Vec<u8>)>, Vec<Vec<u8>>, Vec<bool>);
+
+fn odd<T: Element>(accelerator: &str, strategy: &str, precision: &str, ranks: usize) -> Vec<Odd> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.safetensors");
+    let names = (0..ODD.len()).map(|param| format!("p{param}"));
+    let names: Vec<_> = names.collect();
+    let fabric = fabric(accelerator, strategy, precision, ranks);
+    let is_scaled = precision == "16-mixed";
+    let loop_over = |fabric: &Fabric,
+                     backward: &dyn Fn(Vec<Option<Vec<f32>>>) -> Result<()>,
+                     sync: &dyn Fn(bool, &dyn Fn() -> Result<()>) -> Result<()>,
+                     update: &mut dyn FnMut() -> Result<bool>|
+     -> Result<Vec<bool>> {
+        let mut skipped = Vec::new();
+        for step in 0..5 {
+            for micro in 0..2 {
+                let rank = fabric.global_rank();
+                let grads = (0..ODD.len()).map(|param| {
+                    let mut grad = odd_grad(param, step, micro, rank)?;
+                    if !is_scaled {
+                        grad.iter_mut().for_each(|x| *x = x.min(1.0));
+                    }
+                    Some(grad)
+                });
+                let grads: Vec<_> = grads.collect();
+                sync(micro == 0, &|| backward(grads.clone()))?;
+            }
+            skipped.push(update()?);
+        }
+        Ok(skipped)
+    };
+    let optimizer = || AdamW::new(0.05);
+    let result = fabric.launch_threads(|fabric| {
+        let wide = |values: Vec<f32>| bytemuck_bytes(&values);
+        if accelerator == "cpu" {
+            let params = names.iter().enumerate();
+            let params = params
+                .map(|(index, name)| (name.clone(), cast::<T>(&values(ODD[index], index))));
+            let model = VecModel::new(params).freeze(&names[FROZEN]);
+            let (model, mut optimizer) = fabric.setup(model, optimizer())?;
+            let skipped = loop_over(
+                fabric,
+                &|grads| {
+                    let grads = grads.into_iter().map(|grad| grad.map(|x| cast::<T>(&x)));
+                    fabric.backward(model.gradients(grads.collect()))
+                },
+                &|first, body| fabric.no_backward_sync(&model, first, body),
+                &mut || {
+                    optimizer.step()?;
+                    optimizer.zero_grad();
+                    Ok(optimizer.was_skipped())
+                },
+            )?;
+            let state = State::new().model("model", &model);
+            fabric.save(&path, state.optimizer("optimizer", &mut optimizer))?;
+            let read = |name: &String| {
+                let values = model.read(name);
+                let mut into = vec![0f32; values.len()];
+                kernels::cast(Span::of(&values), SpanMut::of(&mut into)).unwrap();
+                wide(into)
+            };
+            return Ok((saved(&path), names.iter().map(read).collect(), skipped));
+        }
+        let mut model = Cards::new(fabric, &ODD, T::DTYPE);
+        model.metas[FROZEN].trainable = false;
+        let (model, mut optimizer) = fabric.setup(model, optimizer())?;
+        let skipped = loop_over(
+            fabric,
+            &|grads| {
+                let there = |grad: Vec<f32>| up(&model.device, T::DTYPE, &grad);
+                let grads = grads.into_iter().map(|grad| grad.map(there)).collect();
+                fabric.backward(Loss {
+                    model: &model,
+                    grads,
+                })
+            },
+            &|first, body| fabric.no_backward_sync(&model, first, body),
+            &mut || {
+                optimizer.step()?;
+                optimizer.zero_grad();
+                Ok(optimizer.was_skipped())
+            },
+        )?;
+        let state = State::new().model("model", &model);
+        fabric.save(&path, state.optimizer("optimizer", &mut optimizer))?;
+        let read = |param| wide(model.read(param));
+        Ok((saved(&path), (0..ODD.len()).map(read).collect(), skipped))
+    });
+    result.unwrap()
+}
+
+fn bytemuck_bytes(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|x| x.to_ne_bytes()).collect()
+}
+
+#[test]
+fn odd_models_train_and_are_saved_under_every_strategy_and_precision_as_on_processors() {
+    with_fakes(&[("FAKE_CUDA_DEVICES", "4")], || {
+        let live = || (0..4).map(fakes::live).sum::<u64>();
+        let before = live();
+        for (strategy, ranks) in [("ddp", 2), ("zero1", 2), ("zero2", 2), ("hsdp", 4)] {
+            let same = |precision: &str, cpu: Vec<Odd>, cuda: Vec<Odd>| {
+                for (cpu, cuda) in cpu.iter().zip(&cuda) {
+                    assert_eq!(cpu.2, cuda.2, "{strategy} {precision}: skipped");
+                    for (a, b) in cpu.0.iter().zip(&cuda.0) {
+                        assert_eq!(a, b, "{strategy} {precision}: saved");
+                    }
+                    assert_eq!(cpu.1, cuda.1, "{strategy} {precision}: held");
+                }
+            };
+            let both = |precision: &str| {
+                let run = |accelerator| odd::<f32>(accelerator, strategy, precision, ranks);
+                same(precision, run("cpu"), run("cuda"));
+            };
+            both("32-true");
+            let run = |accelerator| odd::<f16>(accelerator, strategy, "16-mixed", ranks);
+            let (cpu, cuda) = (run("cpu"), run("cuda"));
+            assert!(cpu[0].2[3], "the fourth step overflows: {:?}", cpu[0].2);
+            same("16-mixed", cpu, cuda);
+            let run = |accelerator| odd::<f64>(accelerator, strategy, "64-true", ranks);
+            same("64-true", run("cpu"), run("cuda"));
+            let run = |accelerator| odd::<bf16>(accelerator, strategy, "bf16-true", ranks);
+            same("bf16-true", run("cpu"), run("cuda"));
+            // Streams that nobody has any more free the last of it when they come to it.
+            let begun = Instant::now();
+            while live() > before {
+                let late = begun.elapsed() > Duration::from_secs(10);
+                assert!(!late, "{strategy}: {} allocations stay", live());
+                std::thread::yield_now();
+            }
+        }
     });
 }
