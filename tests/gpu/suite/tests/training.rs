@@ -642,8 +642,8 @@ fn odd<T: Element>(accelerator: &str, strategy: &str, precision: &str, ranks: us
         let wide = |values: Vec<f32>| bytemuck_bytes(&values);
         if accelerator == "cpu" {
             let params = names.iter().enumerate();
-            let params = params
-                .map(|(index, name)| (name.clone(), cast::<T>(&values(ODD[index], index))));
+            let params =
+                params.map(|(index, name)| (name.clone(), cast::<T>(&values(ODD[index], index))));
             let model = VecModel::new(params).freeze(&names[FROZEN]);
             let (model, mut optimizer) = fabric.setup(model, optimizer())?;
             let skipped = loop_over(
