@@ -105,14 +105,19 @@ impl Nccl {
         // NCCL's own split shares what is open, but it is of 2.18, and its colors are smaller than ours.
         let splits = self.comm.library().version() >= SPLITS_SINCE && color <= i32::MAX as u32;
         let library = self.comm.library().clone();
-        Self::with(host, &library, self.compute.clone(), |host, library, compute| {
-            if !splits {
-                return meet(host, library, compute);
-            }
-            let config = config(host);
-            let part = self.comm.split(Some(color), host.rank() as u32, config)?;
-            Ok(part.expect("a rank with a color is in a group"))
-        })
+        Self::with(
+            host,
+            &library,
+            self.compute.clone(),
+            |host, library, compute| {
+                if !splits {
+                    return meet(host, library, compute);
+                }
+                let config = config(host);
+                let part = self.comm.split(Some(color), host.rank() as u32, config)?;
+                Ok(part.expect("a rank with a color is in a group"))
+            },
+        )
     }
 
     /// NCCL's version.

@@ -176,7 +176,11 @@ fn one_queue_that_fails_does_not_keep_a_batch_of_another_waiting() {
             kernels::fill(b.part_mut(0..8), 1.0)
         });
         assert!(result.unwrap_err().to_string().contains("launch 'fill_4'"));
-        assert_eq!(fakes::calls("cuLaunchKernel"), before + 2, "both were given");
+        assert_eq!(
+            fakes::calls("cuLaunchKernel"),
+            before + 2,
+            "both were given"
+        );
         assert_eq!(down::<f32>(&b), [1.0; 8]);
     });
 }
@@ -187,8 +191,7 @@ fn work_that_was_lost_is_told_by_every_later_call_and_its_memory_is_freed() {
         let queue = Queue::open(0).unwrap();
         let before = fakes::live(0);
         let (mut slab, other) = (on(&queue, Dtype::F32, 8), on(&queue, Dtype::F32, 8));
-        kernels::put_off(Box::new(()), || kernels::fill(slab.part_mut(0..8), 1.0))
-            .unwrap();
+        kernels::put_off(Box::new(()), || kernels::fill(slab.part_mut(0..8), 1.0)).unwrap();
         // Somebody else lets go of memory, which gives the driver what waits: nobody is there to be told.
         std::thread::spawn(move || drop(other)).join().unwrap();
         for _ in 0..2 {
@@ -197,7 +200,10 @@ fn work_that_was_lost_is_told_by_every_later_call_and_its_memory_is_freed() {
         }
         let mut values = [0f32; 8];
         let read = kernels::cast(slab.part(0..8), SpanMut::of(&mut values));
-        assert!(read.is_err(), "what was not computed is not read: {values:?}");
+        assert!(
+            read.is_err(),
+            "what was not computed is not read: {values:?}"
+        );
         drop(slab);
         let again = Queue::open(0).unwrap();
         again.settle().unwrap();
