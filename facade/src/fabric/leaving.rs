@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use fabric_engine::Error as EngineError;
+
 use super::{Fabric, lock};
 use crate::{
     error::{Error, Result},
@@ -58,7 +60,30 @@ impl Fabric {
             }
         }
         let _watch = Watch(self);
-        body(self)
+        self.to_the_end(body)
+    }
+
+    /// Run `body`, and see what it gave to a device to its end.
+    pub(super) fn to_the_end<T>(&self, body: impl FnOnce(&Self) -> Result<T>) -> Result<T> {
+        let value = body(self)?;
+        self.await_device()?;
+        Ok(value)
+    }
+
+    /// What a device was given is over, and nothing of it has failed: nobody has waited for the last of it yet, whose error
+    /// would be told by a call that never comes.
+    fn await_device(&self) -> Result<()> {
+        let world = self.lock_world();
+        let Some(comm) = world.as_ref().map(|world| world.comm.clone()) else {
+            return Ok(()); // it has left before
+        };
+        drop(world);
+        let Some(device) = comm.device() else {
+            return Ok(());
+        };
+        let settled = device.settle();
+        comm.aborter().signal().check()?; // says more than a device that was let go
+        Ok(settled.map_err(|error| EngineError::library("wait for the device", error))?)
     }
 }
 

@@ -150,7 +150,7 @@ impl Fabric {
             rank_zero::this_thread_is(rank);
             let fabric = fabrics[rank].clone();
             *fabric.lock_world() = Some(meeting.join(rank, count, &fabric.inner.resolved)?);
-            let result = threads::caught(rank, || body(&fabric)); // the others are told what a panic says
+            let result = threads::caught(rank, || fabric.to_the_end(&body)); // the others are told what a panic says
             fabric.leave(result.as_ref().err());
             result
         })

@@ -14,6 +14,7 @@ use fabric::{
     engine::{
         Result as EngineResult,
         buffer::{Buffer, Slab},
+        comm::ReduceOp,
         shard::plan::Options,
     },
     model::{Backward, Events, Model, ParamId, ParamMeta},
@@ -737,5 +738,19 @@ fn odd_models_train_and_are_saved_under_every_strategy_and_precision_as_on_proce
                 std::thread::yield_now();
             }
         }
+    });
+}
+
+#[test]
+fn a_job_whose_last_operation_fails_has_failed_although_nobody_waited_for_it() {
+    with_fakes(&[("FAKE_NCCL_HANG", "1:1")], || {
+        let fabric = Fabric::builder().accelerator("cuda").devices(2);
+        let fabric = fabric.strategy("ddp").timeout(Duration::from_millis(300));
+        let result = fabric.build().unwrap().launch_threads(|fabric| {
+            let mut slab = up(&fabric.queue().unwrap(), Dtype::F32, &[1.0; 10]);
+            fabric.all_reduce(&mut slab, ReduceOp::Sum)
+        });
+        let text = result.expect_err("rank 1 never came").to_string();
+        assert!(text.contains("all_reduce(sum, 10 x f32)"), "{text}");
     });
 }
