@@ -2,7 +2,8 @@
 //!
 //! [Note: turns] A thread that takes what waits on a queue has not launched it yet. Another one that finds nothing waiting
 //! would go on as if it had, and overtake it. So both take a turn: one thread at a time takes and launches, and a turn may
-//! be taken again by the thread that has it, because queues launch for one another. Nothing waits for a device in a turn.
+//! be taken again by the thread that has it, because queues launch for one another. Only threads of one rank wait for each
+//! other here: a device, whose turns these are, is one rank's.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};

@@ -608,6 +608,9 @@ fn odd_grad(param: usize, step: usize, micro: usize, rank: usize) -> Option<Vec<
 /// on all ranks, and which steps were skipped.
 type Odd = (Vec<(String, Vec<u8>)>, Vec<Vec<u8>>, Vec<bool>);
 
+/// Run a micro-batch, the first of two or the last.
+type Accumulate<'a> = dyn Fn(bool, &dyn Fn() -> Result<()>) -> Result<()> + 'a;
+
 fn odd<T: Element>(accelerator: &str, strategy: &str, precision: &str, ranks: usize) -> Vec<Odd> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.safetensors");
@@ -617,7 +620,7 @@ fn odd<T: Element>(accelerator: &str, strategy: &str, precision: &str, ranks: us
     let is_scaled = precision == "16-mixed";
     let loop_over = |fabric: &Fabric,
                      backward: &dyn Fn(Vec<Option<Vec<f32>>>) -> Result<()>,
-                     sync: &dyn Fn(bool, &dyn Fn() -> Result<()>) -> Result<()>,
+                     sync: &Accumulate<'_>,
                      update: &mut dyn FnMut() -> Result<bool>|
      -> Result<Vec<bool>> {
         let mut skipped = Vec::new();
@@ -640,7 +643,7 @@ fn odd<T: Element>(accelerator: &str, strategy: &str, precision: &str, ranks: us
     };
     let optimizer = || AdamW::new(0.05);
     let result = fabric.launch_threads(|fabric| {
-        let wide = |values: Vec<f32>| bytemuck_bytes(&values);
+        let wide = |values: Vec<f32>| bytes_of(&values);
         if accelerator == "cpu" {
             let params = names.iter().enumerate();
             let params =
@@ -698,7 +701,7 @@ fn odd<T: Element>(accelerator: &str, strategy: &str, precision: &str, ranks: us
     result.unwrap()
 }
 
-fn bytemuck_bytes(values: &[f32]) -> Vec<u8> {
+fn bytes_of(values: &[f32]) -> Vec<u8> {
     values.iter().flat_map(|x| x.to_ne_bytes()).collect()
 }
 
