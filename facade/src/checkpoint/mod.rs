@@ -289,6 +289,14 @@ impl Fabric {
         // Disks are slower than collectives may be.
         let all = self.wait_for_all();
         let all = all.and_then(|()| self.all_gather_object(&(failure, number)));
+        let is_trouble = |all: &Vec<(Option<String>, u64)>| {
+            all.iter()
+                .any(|(failure, other)| failure.is_some() || *other != all[0].1)
+        };
+        if all.as_ref().is_ok_and(is_trouble) {
+            // A rank that leaves with its error ends the job: not before all have read whose it is.
+            let _ = self.barrier();
+        }
         let own = own?; // the first cause
         let all = all?;
         for (rank, (failure, _)) in all.iter().enumerate() {
