@@ -54,7 +54,7 @@ group "NCCL, four ranks on one GPU" expect 0 4 rank --most-mib 16
 group "a collective that one rank never joins" expect 0 2 hang
 group "a rank that ends without a word" expect 1 2 kill
 if [ -x "$carry/gpt" ]; then
-    step "gpt, single" "$carry/gpt" --accelerator cuda --devices 1 --steps 200
+    step "gpt, single" "$carry/gpt" --accelerator cuda --devices 1 --max-steps 200
     for strategy in ddp zero1 fsdp; do
         # Two machines of one GPU each, as far as the ranks know.
         echo; echo "== gpt, $strategy, two ranks on one GPU"
@@ -62,7 +62,7 @@ if [ -x "$carry/gpt" ]; then
         for node in 0 1; do
             MASTER_ADDR=127.0.0.1 MASTER_PORT=$port WORLD_SIZE=2 RANK=$node LOCAL_RANK=0 LOCAL_WORLD_SIZE=1 GROUP_RANK=$node \
                 TORCHELASTIC_RUN_ID=fabric-$port NCCL_HOSTID=fabric-$node NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_SOCKET_IFNAME=lo FABRIC_SECURITY=plain \
-                timeout 300 "$carry/gpt" --accelerator cuda --devices 1 --strategy "$strategy" --steps 200 &
+                timeout 300 "$carry/gpt" --accelerator cuda --devices 1 --strategy "$strategy" --max-steps 200 &
             pids+=($!)
         done
         for pid in "${pids[@]}"; do wait "$pid" || bad=1; done
