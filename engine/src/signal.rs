@@ -46,6 +46,7 @@ impl Signal {
     }
 
     /// One atomic load: has anything failed?
+    #[inline]
     pub fn is_raised(&self) -> bool {
         self.0.raised.load(Ordering::Acquire)
     }

@@ -133,15 +133,22 @@ impl Work<'_, '_> {
         };
         let (dtype, len) = (first.dtype(), first.len());
         let like = |device: Option<&dyn Device>, other: Dtype, other_len: usize| {
-            device.is_none() && other == dtype && other_len == len
+            device.is_none() & (other == dtype) & (other_len == len)
         };
-        let mut places = self
-            .sources
-            .iter()
-            .map(|s| (s.device(), s.dtype(), s.len()))
-            .chain(targets.iter().map(|t| (t.device(), t.dtype(), t.len())));
-        if let Some(other) = places.find(|(device, other, len)| !like(*device, *other, *len)) {
-            return Err(unlike(dtype, len, other));
+        let sources = self.sources.iter();
+        let mut is_plain = true;
+        for span in sources.clone() {
+            is_plain &= like(span.device(), span.dtype(), span.len());
+        }
+        for span in targets.iter() {
+            is_plain &= like(span.device(), span.dtype(), span.len());
+        }
+        if !is_plain {
+            let mut places = sources
+                .map(|s| (s.device(), s.dtype(), s.len()))
+                .chain(targets.iter().map(|t| (t.device(), t.dtype(), t.len())));
+            let odd = places.find(|(device, other, len)| !like(*device, *other, *len));
+            return Err(unlike(dtype, len, odd.expect("one is not plain")));
         }
         debug_assert!(self.places_are_clear(targets), "{OP}: targets overlap");
         if self.is_copy() {
@@ -211,14 +218,10 @@ impl Work<'_, '_> {
     ) -> bool {
         let factor = match self.finish {
             Finish::Scale(factor) if self.is_joined() => *factor,
-            _ => 1.0, // which changes no number
+            _ => NO_FACTOR,
         };
-        match from.len() {
-            2 => join::<2>(self.op, from, into, factor, targets, store),
-            4 => join::<4>(self.op, from, into, factor, targets, store),
-            8 => join::<8>(self.op, from, into, factor, targets, store),
-            count => unreachable!("two, four or eight spans, not {count}"),
-        }
+        let join = joiner(self.op, from[0].dtype(), into, from.len());
+        join(self.op, from, factor, targets, store)
     }
 
     /// Block by block through scratch memory, from where a block goes to all targets.
@@ -344,54 +347,56 @@ impl Work<'_, '_> {
     }
 }
 
-/// As [`Work::join`].
-fn join<const N: usize>(
-    op: Fold,
-    from: &[Span<'_>],
-    into: Dtype,
-    factor: f64,
-    targets: &mut [SpanMut<'_>],
-    store: Store,
-) -> bool {
-    let dtype = from[0].dtype();
+/// A loop in which a few spans meet in registers: as [`Work::join`].
+pub(crate) type Joiner = fn(Fold, &[Span<'_>], f64, &mut [SpanMut<'_>], Store) -> bool;
+
+/// The factor that changes no number.
+pub(crate) const NO_FACTOR: f64 = 1.0;
+
+/// The loop for two, four or eight spans of `dtype`, of an operation that takes it.
+pub(crate) fn joiner(op: Fold, dtype: Dtype, into: Dtype, count: usize) -> Joiner {
+    match count {
+        2 => joiner_of::<2>(op, dtype, into),
+        4 => joiner_of::<4>(op, dtype, into),
+        8 => joiner_of::<8>(op, dtype, into),
+        count => unreachable!("two, four or eight spans, not {count}"),
+    }
+}
+
+fn joiner_of<const N: usize>(op: Fold, dtype: Dtype, into: Dtype) -> Joiner {
     if dtype.is_float() {
         with_float!(
             dtype,
             |A| if into == dtype {
-                simd::join_floats::<A, A, <A as simd::Lane>::Own, N>(op, from, factor, targets, store)
+                simd::join_floats::<A, A, <A as simd::Lane>::Own, N>
             } else {
                 type C = <A as simd::Lane>::Own;
-                simd::join_floats::<A, C, C, N>(op, from, factor, targets, store)
+                simd::join_floats::<A, C, C, N>
             },
             else unreachable!("a float")
         )
     } else if const { N > 4 } {
-        join_bits::<N>(op, from, targets, store) // a sum
+        joiner_of_bits::<N>(dtype) // a sum
     } else if matches!(op, Fold::Min | Fold::Max) {
         with_integer!(
             dtype,
-            |T| simd::join_ordered::<T, N>(op, from, targets, store),
-            else simd::join_bools::<N>(op, from, targets, store)
+            |T| |op, from, _, targets, store| simd::join_ordered::<T, N>(op, from, targets, store),
+            else |op, from, _, targets, store| simd::join_bools::<N>(op, from, targets, store)
         )
     } else if dtype == Dtype::Bool {
-        simd::join_bools::<N>(op, from, targets, store)
+        |op, from, _, targets, store| simd::join_bools::<N>(op, from, targets, store)
     } else {
-        join_bits::<N>(op, from, targets, store)
+        joiner_of_bits::<N>(dtype)
     }
 }
 
 /// Integers of one size are alike.
-fn join_bits<const N: usize>(
-    op: Fold,
-    from: &[Span<'_>],
-    targets: &mut [SpanMut<'_>],
-    store: Store,
-) -> bool {
-    match from[0].dtype().size() {
-        1 => simd::join_bits::<u8, N>(op, from, targets, store),
-        2 => simd::join_bits::<u16, N>(op, from, targets, store),
-        4 => simd::join_bits::<u32, N>(op, from, targets, store),
-        _ => simd::join_bits::<u64, N>(op, from, targets, store),
+fn joiner_of_bits<const N: usize>(dtype: Dtype) -> Joiner {
+    match dtype.size() {
+        1 => |op, from, _, into, store| simd::join_bits::<u8, N>(op, from, into, store),
+        2 => |op, from, _, into, store| simd::join_bits::<u16, N>(op, from, into, store),
+        4 => |op, from, _, into, store| simd::join_bits::<u32, N>(op, from, into, store),
+        _ => |op, from, _, into, store| simd::join_bits::<u64, N>(op, from, into, store),
     }
 }
 

@@ -72,6 +72,7 @@ impl Dtype {
     }
 
     /// Bytes of one element, which is also its alignment in bytes.
+    #[inline]
     pub const fn size(self) -> usize {
         match self {
             Dtype::F64 | Dtype::I64 | Dtype::U64 => 8,
@@ -103,11 +104,13 @@ impl Dtype {
     }
 
     /// The byte that stands for this dtype on a wire.
+    #[inline]
     pub const fn code(self) -> u8 {
         self as u8
     }
 
     /// One of the six floating-point types.
+    #[inline]
     pub const fn is_float(self) -> bool {
         matches!(
             self,
@@ -116,11 +119,13 @@ impl Dtype {
     }
 
     /// One of the eight integer types; bool is not one.
+    #[inline]
     pub const fn is_integer(self) -> bool {
         !self.is_float() && !matches!(self, Dtype::Bool)
     }
 
     /// The type in which sums of this one are kept: f64 for f64, f32 for every smaller float, itself otherwise.
+    #[inline]
     pub const fn accumulator(self) -> Dtype {
         match self {
             Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::F8E4M3 | Dtype::F8E5M2 => Dtype::F32,

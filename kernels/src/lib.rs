@@ -35,6 +35,7 @@ mod dispatch;
 mod block;
 mod cast;
 mod combine;
+mod combiner;
 #[cfg(feature = "cuda")]
 #[allow(unsafe_code)]
 pub mod cuda;
@@ -58,6 +59,7 @@ mod tests;
 pub use block::{dequantize, quantize};
 pub use cast::{cast, cast_scaled, divide, scale};
 pub use combine::{Finish, Store, combine};
+pub use combiner::Combiner;
 pub use device::{Device, batch, put_off};
 pub use dtype::{Bool, Dtype, Element, F8E4M3, F8E5M2, Memory};
 pub use error::KernelError;

@@ -47,7 +47,32 @@ impl<'a> Span<'a> {
         }
     }
 
+    /// Elements of `dtype` out of bytes: any bytes are elements. Panics when they are no whole number of them, or do not start
+    /// at a multiple of one.
+    ///
+    /// ```
+    /// use fabric_kernels::{Dtype, Span};
+    /// assert_eq!(Span::of_bytes(&[0; 12], Dtype::I8).len(), 12);
+    /// ```
+    #[inline]
+    pub fn of_bytes(bytes: &'a [u8], dtype: Dtype) -> Self {
+        let (ptr, size) = (bytes.as_ptr(), dtype.size());
+        assert!(
+            (ptr.addr() | bytes.len()) & (size - 1) == 0,
+            "{} bytes at {ptr:?} are no {dtype}",
+            bytes.len()
+        );
+        Span {
+            ptr,
+            dtype,
+            len: bytes.len() >> size.trailing_zeros(),
+            device: None,
+            lifetime: PhantomData,
+        }
+    }
+
     /// The elements in `range`. Panics, as slices do, when the range is not inside the span.
+    #[inline]
     pub fn slice(self, range: Range<usize>) -> Span<'a> {
         let (start, len) = inside(range, self.len);
         Span {
@@ -58,21 +83,25 @@ impl<'a> Span<'a> {
     }
 
     /// What one element is.
+    #[inline]
     pub fn dtype(&self) -> Dtype {
         self.dtype
     }
 
     /// Number of elements.
+    #[inline]
     pub fn len(&self) -> usize {
         self.len
     }
 
     /// Without elements.
+    #[inline]
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
     /// Number of bytes.
+    #[inline]
     pub fn bytes(&self) -> usize {
         self.len * self.dtype.size()
     }
@@ -83,6 +112,7 @@ impl<'a> Span<'a> {
     }
 
     /// Whose memory it is, and on which queue it is worked on; `None` is the host's.
+    #[inline]
     pub fn device(&self) -> Option<&'a dyn Device> {
         self.device
     }
@@ -94,6 +124,7 @@ impl<'a> Span<'a> {
     }
 
     /// The address of the first element.
+    #[inline]
     pub fn as_ptr(&self) -> *const u8 {
         self.ptr
     }
@@ -113,6 +144,7 @@ impl<'a> SpanMut<'a> {
 
     /// The elements in `range`, for as long as this span is borrowed. Panics, as slices do, when the range is not
     /// inside the span.
+    #[inline]
     pub fn slice(&mut self, range: Range<usize>) -> SpanMut<'_> {
         let (start, len) = inside(range, self.len);
         let ptr = self.ptr.wrapping_add(start * self.dtype.size());
@@ -131,6 +163,7 @@ impl<'a> SpanMut<'a> {
     }
 
     /// The same elements, for as long as this span is borrowed.
+    #[inline]
     pub fn reborrow(&mut self) -> SpanMut<'_> {
         SpanMut {
             ptr: self.ptr,
@@ -153,21 +186,25 @@ impl<'a> SpanMut<'a> {
     }
 
     /// What one element is.
+    #[inline]
     pub fn dtype(&self) -> Dtype {
         self.dtype
     }
 
     /// Number of elements.
+    #[inline]
     pub fn len(&self) -> usize {
         self.len
     }
 
     /// Without elements.
+    #[inline]
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
     /// Number of bytes.
+    #[inline]
     pub fn bytes(&self) -> usize {
         self.len * self.dtype.size()
     }
@@ -178,6 +215,7 @@ impl<'a> SpanMut<'a> {
     }
 
     /// Whose memory it is, and on which queue it is worked on; `None` is the host's.
+    #[inline]
     pub fn device(&self) -> Option<&'a dyn Device> {
         self.device
     }
@@ -189,6 +227,7 @@ impl<'a> SpanMut<'a> {
     }
 
     /// The address of the first element.
+    #[inline]
     pub fn as_ptr(&self) -> *const u8 {
         self.ptr
     }
@@ -200,15 +239,22 @@ impl<'a> SpanMut<'a> {
 }
 
 /// Start and length of `range`, which must lie in `0..len`.
+#[inline]
 #[track_caller]
 fn inside(range: Range<usize>, len: usize) -> (usize, usize) {
-    assert!(
-        range.start <= range.end && range.end <= len,
-        "range {}..{} is not inside a span of {len} elements",
-        range.start,
-        range.end
-    );
+    if range.start > range.end || range.end > len {
+        outside(range, len);
+    }
     (range.start, range.end - range.start)
+}
+
+#[cold]
+#[track_caller]
+fn outside(range: Range<usize>, len: usize) -> ! {
+    panic!(
+        "range {}..{} is not inside a span of {len} elements",
+        range.start, range.end
+    )
 }
 
 #[cfg(test)]

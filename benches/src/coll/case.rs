@@ -170,10 +170,8 @@ impl Buffers {
     /// # Errors
     /// The collective's.
     pub fn run(&mut self, host: &mut Host) -> Result<()> {
-        let data = self.data.take().expect("memory between two calls");
-        let work = host.submit(self.call.clone().blocking(), data)?;
-        self.data = Some(work.wait()?);
-        Ok(())
+        let data = self.data.as_mut().expect("memory between two calls");
+        host.run(&self.call, data)
     }
 
     /// Run the collective on all `sets` at once.

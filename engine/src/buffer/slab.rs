@@ -166,26 +166,31 @@ impl Slab {
     }
 
     /// Whose memory it is; `None` is the host's.
+    #[inline]
     pub fn device(&self) -> Option<&Arc<dyn Device>> {
         self.block.device.as_ref()
     }
 
     /// The type of one element.
+    #[inline]
     pub fn dtype(&self) -> Dtype {
         self.dtype
     }
 
     /// How many elements.
+    #[inline]
     pub fn numel(&self) -> usize {
         self.numel
     }
 
     /// How many bytes.
+    #[inline]
     pub fn bytes(&self) -> usize {
         self.numel * self.dtype.size()
     }
 
     /// The address of the first byte, as a number: what tells an arena which of its pieces this is.
+    #[inline]
     pub fn address(&self) -> usize {
         self.block.base.as_ptr().addr() + self.offset
     }
@@ -278,6 +283,7 @@ impl Slab {
     ///
     /// # Panics
     /// When they lie on a device.
+    #[inline]
     pub fn as_bytes(&self) -> &[u8] {
         self.assert_on_host();
         // SAFETY: `pointer()..+bytes()` lies inside the block (kept by the constructors and `split_at`), is initialised
@@ -289,6 +295,7 @@ impl Slab {
     ///
     /// # Panics
     /// When they lie on a device.
+    #[inline]
     pub fn as_bytes_mut(&mut self) -> &mut [u8] {
         self.assert_on_host();
         // SAFETY: as in `as_bytes`, and `&mut self` makes the borrow unique.
@@ -299,6 +306,7 @@ impl Slab {
     ///
     /// # Panics
     /// When the range is beyond the end.
+    #[inline]
     pub fn bytes_of(&self, range: &Range<usize>) -> &[u8] {
         let size = self.dtype.size();
         &self.as_bytes()[range.start * size..range.end * size]
@@ -308,6 +316,7 @@ impl Slab {
     ///
     /// # Panics
     /// When the range is beyond the end.
+    #[inline]
     pub fn bytes_of_mut(&mut self, range: &Range<usize>) -> &mut [u8] {
         let size = self.dtype.size();
         &mut self.as_bytes_mut()[range.start * size..range.end * size]
@@ -317,6 +326,7 @@ impl Slab {
     ///
     /// # Panics
     /// When the range is beyond the end.
+    #[inline]
     pub fn part(&self, range: Range<usize>) -> Span<'_> {
         self.whole().slice(range)
     }
@@ -325,17 +335,17 @@ impl Slab {
     ///
     /// # Panics
     /// When the range is beyond the end.
+    #[inline]
     pub fn part_mut(&mut self, range: Range<usize>) -> SpanMut<'_> {
-        assert!(
-            range.start <= range.end && range.end <= self.numel,
-            "elements {range:?} of a slab of {}",
-            self.numel
-        );
+        if range.start > range.end || range.end > self.numel {
+            beyond(&range, self.numel);
+        }
         // SAFETY: the range was checked; validity and uniqueness as in `as_bytes_mut`; every dtype's size divides
         // SLAB_ALIGN and offsets are whole elements (`recast` checks), so the pointer is aligned.
         unsafe { self.raw_mut(range) }
     }
 
+    #[inline]
     pub(super) fn whole(&self) -> Span<'_> {
         // SAFETY: validity as in `as_bytes`; alignment as in `part_mut`.
         unsafe {
@@ -350,20 +360,29 @@ impl Slab {
 
     /// # Safety
     /// `range` lies within the slab, and no other borrow of those elements lives as long as the result.
+    #[inline]
     unsafe fn raw_mut(&self, range: Range<usize>) -> SpanMut<'_> {
         let start = self.pointer().wrapping_add(range.start * self.dtype.size());
         // SAFETY: the caller promises bounds and uniqueness; alignment as in `part_mut`.
         unsafe { SpanMut::from_raw(start, self.dtype, range.len(), self.block.device.as_deref()) }
     }
 
+    #[inline]
     fn assert_on_host(&self) {
-        assert!(
-            self.block.device.is_none(),
-            "a slab in {} memory is no slice of the host's: copy it with kernels::cast",
-            self.memory()
-        );
+        if self.block.device.is_some() {
+            self.away();
+        }
     }
 
+    #[cold]
+    fn away(&self) -> ! {
+        panic!(
+            "a slab in {} memory is no slice of the host's: copy it with kernels::cast",
+            self.memory()
+        )
+    }
+
+    #[inline]
     fn pointer(&self) -> *mut u8 {
         debug_assert!(self.offset + self.bytes() <= self.block.bytes);
         self.block.base.as_ptr().wrapping_add(self.offset)
@@ -374,6 +393,11 @@ impl std::fmt::Debug for Slab {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Slab({} x {})", self.numel, self.dtype)
     }
+}
+
+#[cold]
+fn beyond(range: &Range<usize>, numel: usize) -> ! {
+    panic!("elements {range:?} of a slab of {numel}")
 }
 
 /// Elements `range` of slab number `slab`, in a slice of slabs.

@@ -136,6 +136,28 @@ pub enum Op {
 }
 
 impl Op {
+    /// How many kinds of operations there are.
+    pub(super) const KINDS: usize = 12;
+
+    /// A number for each kind, from 0 on.
+    #[inline]
+    pub(super) fn index(self) -> usize {
+        match self {
+            Self::AllReduce(_) => 0,
+            Self::ReduceScatter(_) => 1,
+            Self::AllGather => 2,
+            Self::Broadcast { .. } => 3,
+            Self::Reduce { .. } => 4,
+            Self::Gather { .. } => 5,
+            Self::Scatter { .. } => 6,
+            Self::AllToAll => 7,
+            Self::Send { .. } => 8,
+            Self::Recv { .. } => 9,
+            Self::SendRecv { .. } => 10,
+            Self::Barrier => 11,
+        }
+    }
+
     pub(crate) fn code(self) -> (OpCode, ReduceCode) {
         let code = match self {
             Self::AllReduce(_) => OpCode::AllReduce,
@@ -231,6 +253,16 @@ impl Call {
         Self {
             counts: Some(counts.into()),
             ..self
+        }
+    }
+
+    /// Whether its slices are told by the very list `counts`, or by none as those are: what can be told at a glance.
+    #[inline]
+    pub(super) fn is_cut_as(&self, counts: &Option<Arc<[usize]>>) -> bool {
+        match (&self.counts, counts) {
+            (None, None) => true,
+            (Some(own), Some(counts)) => Arc::ptr_eq(own, counts),
+            _ => false,
         }
     }
 

@@ -321,9 +321,7 @@ impl<C: Communicator + ?Sized> Collectives for C {
     }
 
     fn barrier(&mut self) -> Result<()> {
-        self.submit(Call::new(Op::Barrier).blocking(), Data::None)?
-            .wait()
-            .map(drop)
+        self.run(&Call::new(Op::Barrier), &mut Data::None)
     }
 }
 
@@ -355,10 +353,14 @@ fn like<C: Communicator + ?Sized>(comm: &C, buffer: &dyn Buffer, numel: usize) -
     }
 }
 
-fn now<C: Communicator + ?Sized>(comm: &mut C, op: Op, label: Label, data: Data) -> Result<Slab> {
-    comm.submit(Call::new(op).label(label).blocking(), data)?
-        .wait()
-        .map(Data::into_output)
+fn now<C: Communicator + ?Sized>(
+    comm: &mut C,
+    op: Op,
+    label: Label,
+    mut data: Data,
+) -> Result<Slab> {
+    comm.run(&Call::new(op).label(label), &mut data)?;
+    Ok(data.into_output())
 }
 
 fn usize_of(length: u64) -> Result<usize> {

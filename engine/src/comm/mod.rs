@@ -66,6 +66,17 @@ pub trait Communicator: Send {
     /// the operation itself come from [`Work::wait`].
     fn submit(&mut self, call: Call, data: Data) -> Result<Work>;
 
+    /// Do `call` on `data` and wait for it: as [`Communicator::submit`] and [`Work::wait`], but nothing is moved about, which the
+    /// shortest calls take a good part of their time for. The call blocks, whatever it says itself.
+    ///
+    /// # Errors
+    /// As those two. Memory that peers may still reach is kept by the communicator; `data` is [`Data::None`] then.
+    fn run(&mut self, call: &Call, data: &mut Data) -> Result<()> {
+        let taken = std::mem::replace(data, Data::None);
+        *data = self.submit(call.clone().blocking(), taken)?.wait()?;
+        Ok(())
+    }
+
     /// The group's subgroup of all ranks that give the same `color`, ordered by `key`, then by rank.
     ///
     /// # Errors

@@ -124,7 +124,7 @@ impl Problem {
     }
 
     /// What goes from one rank to another in an all-to-all.
-    pub(super) fn block(&self, from: Rank, to: Rank) -> Range<usize> {
+    pub(crate) fn block(&self, from: Rank, to: Rank) -> Range<usize> {
         self.blocks[from * self.world + to].clone()
     }
 }

@@ -225,6 +225,7 @@ impl Header {
     }
 
     /// The header's bytes as numbers, for memory that is written a word at a time.
+    #[inline]
     pub(crate) fn to_words(self) -> [u64; HEADER_BYTES / 8] {
         let Stamp {
             sequence,

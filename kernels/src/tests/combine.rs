@@ -8,7 +8,9 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::simd::{on_every_isa, twin};
-use crate::{Bool, Dtype, F8E4M3, F8E5M2, Finish, Fold, Span, SpanMut, Store, combine, scalar};
+use crate::{
+    Bool, Combiner, Dtype, F8E4M3, F8E5M2, Finish, Fold, Span, SpanMut, Store, combine, scalar,
+};
 
 /// Elements around an operand in its region: a line, for its place within one, and a guard.
 const SLACK: usize = 64 + 8;
@@ -123,15 +125,19 @@ impl Case {
                 _ => Span::of(place(source)),
             })
             .collect();
-        let factors = self.factors.as_deref();
-        combine(
-            self.op,
-            &sources,
-            factors,
-            self.finish,
-            &mut targets,
-            self.store,
-        )
+        let (op, finish, targets_to) = (self.op, self.finish, &mut targets);
+        match &self.factors {
+            None if len % 2 == 0 => Combiner::new(op, T::DTYPE, sources.len(), finish)
+                .run(&sources, targets_to, self.store),
+            factors => combine(
+                op,
+                &sources,
+                factors.as_deref(),
+                finish,
+                targets_to,
+                self.store,
+            ),
+        }
         .unwrap();
         drop(targets);
         let differs = (0..memory.len()).find(|i| !equal(memory[*i], expected[*i]));
@@ -433,4 +439,28 @@ fn many_sources_fill_the_scratch() {
         .unwrap();
         assert_eq!(into, [count as u16; 3]);
     }
+}
+
+#[test]
+fn a_combiner_refuses_what_combine_refuses() {
+    let (short, long) = ([1.0f32], [1.0f32, 2.0]);
+    let refused = |combiner: Combiner, sources: &[Span<'_>]| {
+        let mut into = [0.0f32; 2];
+        let targets = &mut [SpanMut::of(&mut into)];
+        combiner.run(sources, targets, Store::Cached).unwrap_err()
+    };
+    let sum = Combiner::new(Fold::Sum, Dtype::F32, 2, Finish::Cast);
+    let error = refused(sum, &[Span::of(&long), Span::of(&short)]);
+    assert!(
+        matches!(error, crate::KernelError::Length { .. }),
+        "{error}"
+    );
+    let error = refused(sum, &[Span::of(&long), Span::of(&[1u32, 2])]);
+    assert!(matches!(error, crate::KernelError::Mixed { .. }), "{error}");
+    let and = Combiner::new(Fold::And, Dtype::F32, 2, Finish::Cast);
+    let error = refused(and, &[Span::of(&long), Span::of(&long)]);
+    assert!(
+        matches!(error, crate::KernelError::Unsupported { .. }),
+        "{error}"
+    );
 }

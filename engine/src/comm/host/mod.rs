@@ -27,7 +27,7 @@ use std::{
 use fabric_kernels::Dtype;
 
 use super::{
-    Aborter, Call, Communicator, Data, Rank, Spent, Work,
+    Aborter, Call, Communicator, Data, Op, Rank, Spent, Work,
     trace::{Event, Trace},
     work::{Desk, Promise},
 };
@@ -38,13 +38,19 @@ use crate::{
     rendezvous::Control,
     schedule::choose::{Tuning, WireKind},
     signal::Signal,
-    wire::{Vigil, Wire, frame::Stamp, ledger::Ledger, shm::Arena},
+    wire::{
+        Vigil, Wire,
+        frame::{OpCode, Stamp},
+        ledger::Ledger,
+        shm::Arena,
+    },
 };
 #[cfg(feature = "cuda")]
 pub(super) use beside::Reporter;
 use connect::Family;
 use messages::Messages;
 use queue::{Giver, Taker, queue};
+use shape::Latest;
 pub(super) use shape::check_shapes;
 pub(super) use shape::stamp;
 use shared::SharedMemory;
@@ -95,6 +101,7 @@ pub struct Host {
     pending: Arc<AtomicUsize>,
     desk: Desk,
     sequence: u64,
+    latest: [Option<Latest>; Op::KINDS], // by kind, because calls like to repeat
     family: Option<Family>,
     reason: String,
 }
@@ -260,6 +267,7 @@ impl Host {
             pending,
             desk: Desk::new(),
             sequence: 0,
+            latest: Default::default(),
             family: None,
             reason: String::new(),
         })
@@ -268,6 +276,43 @@ impl Host {
     /// How long an operation may take, unless its call says otherwise.
     pub fn deadline(&self) -> Duration {
         self.shared.options.deadline
+    }
+
+    /// Nothing is under way.
+    fn is_idle(&self) -> bool {
+        self.pending.load(Ordering::Acquire) == 0
+    }
+
+    /// An operation begins, if its memory fits and nobody has failed: it gets its number.
+    #[inline(always)]
+    fn begin(&mut self, call: &Call, data: &Data) -> Result<Stamp> {
+        let shared = &self.shared;
+        let latest = &mut self.latest[call.op.index()];
+        let mut stamp = match latest {
+            Some(latest) if latest.is_like(call, data) => latest.stamp,
+            latest => {
+                let shape = check_shapes(shared.rank, shared.size, call, data)?;
+                let stamp = stamp(0, call, shape);
+                *latest = Latest::new(call, data, stamp);
+                stamp
+            }
+        };
+        stamp.label = call.label;
+        let is_numbered = stamp.op != OpCode::SendRecv; // only two ranks know of a message
+        if is_numbered {
+            stamp.sequence = self.sequence;
+        }
+        shared.check(&stamp)?;
+        self.sequence += u64::from(is_numbered);
+        if shared.trace.is_on() {
+            shared.trace.note(Event::Submitted {
+                sequence: stamp.sequence,
+                label: call.label,
+                op: stamp.op.name(),
+                bytes: stamp.numel as usize * stamp.dtype.size(),
+            });
+        }
+        Ok(stamp)
     }
 
     /// By which wire: "shm", "tcp", "sim", ...
@@ -289,7 +334,8 @@ fn work(shared: &Shared, jobs: &Taker<Job>, pending: &AtomicUsize) {
             data: Some(job.data),
         };
         let data = held.data.as_mut().expect("put there above");
-        let result = shared.run(&job.stamp, &job.call, data);
+        let result =
+            (shared.check(&job.stamp)).and_then(|()| shared.run(&job.stamp, &job.call, data));
         let data = held.data.take().expect("it is still there");
         pending.fetch_sub(1, Ordering::AcqRel);
         job.promise.keep(result.map(|()| data));
@@ -326,7 +372,6 @@ impl Drop for Host {
 impl Shared {
     /// On failure the executor keeps the memory.
     fn run(&self, stamp: &Stamp, call: &Call, data: &mut Data) -> Result<()> {
-        self.check(stamp)?;
         let patience = call.deadline.unwrap_or(self.options.deadline);
         self.ledger.enter(stamp);
         let mut executor = self
@@ -344,19 +389,28 @@ impl Shared {
                 }
                 Ok(())
             }
-            Err(error) => {
-                let first = self.fail(error);
-                self.check(stamp)?; // the first error, which may have been raised just before this operation began
-                Err(first)
-            }
+            Err(error) => Err(self.failed(stamp, error)),
         }
     }
 
+    #[cold]
+    fn failed(&self, stamp: &Stamp, error: Error) -> Error {
+        let first = self.fail(error);
+        // The first error, which may have been raised just before this operation began.
+        self.check(stamp).err().unwrap_or(first)
+    }
+
     /// Has somebody failed? A peer that was lost while nobody waited for it is missed by `stamp` now.
+    #[inline]
     fn check(&self, stamp: &Stamp) -> Result<()> {
-        if !self.signal.is_raised() {
-            return Ok(());
+        match self.signal.is_raised() {
+            false => Ok(()),
+            true => self.failed_before(stamp),
         }
+    }
+
+    #[cold]
+    fn failed_before(&self, stamp: &Stamp) -> Result<()> {
         self.signal.amend(|error| match error {
             Error::PeerLost(lost) if lost.waiting.is_none() => {
                 let waiting = Some(format!("{stamp} on rank {}", self.rank));
@@ -414,26 +468,12 @@ impl Communicator for Host {
     }
 
     fn submit(&mut self, call: Call, mut data: Data) -> Result<Work> {
-        let shared = &self.shared;
-        let shape = check_shapes(shared.rank, shared.size, &call, &data)?;
-        let stamp = stamp(self.sequence, &call, shape);
-        shared.check(&stamp)?;
-        self.sequence += u64::from(call.op.kind().is_some());
-        if shared.trace.is_on() {
-            shared.trace.note(Event::Submitted {
-                sequence: stamp.sequence,
-                label: call.label,
-                op: stamp.op.name(),
-                bytes: shape.numel * shape.dtype.size(),
-            });
-        }
-        let idle =
-            self.worker.is_none() || (call.blocking && self.pending.load(Ordering::Acquire) == 0);
-        if idle {
-            let result = shared.run(&stamp, &call, &mut data);
+        let stamp = self.begin(&call, &data)?;
+        if self.worker.is_none() || (call.blocking && self.is_idle()) {
+            let result = self.shared.run(&stamp, &call, &mut data);
             return Ok(Work::done(result.map(|()| data)));
         }
-        let (promise, work) = self.desk.open(shared.signal.clone());
+        let (promise, work) = self.desk.open(self.shared.signal.clone());
         self.pending.fetch_add(1, Ordering::AcqRel);
         let job = Job {
             stamp,
@@ -443,7 +483,7 @@ impl Communicator for Host {
         };
         let queue = self.queue.as_ref().expect("the queue closes only in drop");
         if queue.give(job).is_err() {
-            return Err(shared.signal.first().unwrap_or_else(|| {
+            return Err(self.shared.signal.first().unwrap_or_else(|| {
                 Error::argument(
                     "the communicator's thread has ended",
                     "Look for an earlier panic in its output",
@@ -451,6 +491,16 @@ impl Communicator for Host {
             }));
         }
         Ok(work)
+    }
+
+    fn run(&mut self, call: &Call, data: &mut Data) -> Result<()> {
+        if self.worker.is_none() || self.is_idle() {
+            let stamp = self.begin(call, data)?;
+            return self.shared.run(&stamp, call, data);
+        }
+        let taken = std::mem::replace(data, Data::None);
+        *data = self.submit(call.clone().blocking(), taken)?.wait()?;
+        Ok(())
     }
 
     fn split(&mut self, color: u32, key: u32) -> Result<Box<dyn Communicator>> {

@@ -1,5 +1,7 @@
 //! Does the memory fit the call? And the fingerprint of a call that it fits.
 
+use std::sync::Arc;
+
 use fabric_kernels::Dtype;
 
 use super::super::{Call, Data, Op, Rank};
@@ -43,6 +45,53 @@ fn cut(counts: &[usize]) -> u32 {
         |hash: u64, count: &usize| (hash ^ *count as u64).wrapping_mul(0x0000_0100_0000_01b3);
     let hash = counts.iter().fold(0xcbf2_9ce4_8422_2325, step);
     ((hash >> 40 ^ hash) as u32 & 0xff_ffff).max(1)
+}
+
+/// The latest call that was found to fit its memory: one like it need not be examined again.
+pub(super) struct Latest {
+    op: Op,
+    counts: Option<Arc<[usize]>>,
+    form: Form,
+    /// Its fingerprint, but for its number and its label.
+    pub(super) stamp: Stamp,
+}
+
+/// All of the data that decides whether it fits.
+#[derive(Clone, Copy, PartialEq)]
+enum Form {
+    Nothing,
+    InPlace((Dtype, usize)),
+    Out((Dtype, usize), (Dtype, usize)),
+}
+
+impl Form {
+    /// None where it takes longer to tell than to examine.
+    #[inline(always)]
+    fn of(data: &Data) -> Option<Self> {
+        let shape = |slab: &Slab| (slab.dtype(), slab.numel());
+        match data {
+            Data::None => Some(Self::Nothing),
+            Data::InPlace(slab) => Some(Self::InPlace(shape(slab))),
+            Data::Out { from, into } => Some(Self::Out(shape(from), shape(into))),
+            Data::Many(_) => None,
+        }
+    }
+}
+
+impl Latest {
+    pub(super) fn new(call: &Call, data: &Data, stamp: Stamp) -> Option<Self> {
+        Some(Self {
+            op: call.op,
+            counts: call.counts.clone(),
+            form: Form::of(data)?,
+            stamp,
+        })
+    }
+
+    #[inline(always)]
+    pub(super) fn is_like(&self, call: &Call, data: &Data) -> bool {
+        self.op == call.op && call.is_cut_as(&self.counts) && Form::of(data) == Some(self.form)
+    }
 }
 
 /// Does the data fit the call?

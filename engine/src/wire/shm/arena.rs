@@ -3,6 +3,7 @@
 
 use std::{
     io,
+    ops::Range,
     os::fd::{AsFd, OwnedFd},
     ptr::NonNull,
     sync::{Arc, Mutex},
@@ -34,6 +35,8 @@ pub(crate) const MOST_RANKS: usize = CHANNELS_BYTES / size_of::<Channel>();
 /// Bytes that a rank can post with a step.
 pub(crate) const POST_BYTES: usize = 16 << 10;
 
+const EXPECTED_BYTES: usize = 4 << 10; // of a post, that are fetched before they are needed: as many as cores have in flight
+
 const POSTS: u64 = (CHANNELS + CHANNELS_BYTES) as u64;
 
 /// Bytes of each of the two stages: about as much as a core's nearest large cache keeps beside other work.
@@ -50,9 +53,9 @@ const SMALLEST: usize = HEAP + (1 << 20); // an arena of less is of no use
 
 const _: () = assert!(size_of::<Control>() <= PAGE_BYTES);
 
-/// Where in an arena what its rank posts with `step` lies.
-pub(crate) fn post(step: u32) -> u64 {
-    POSTS + (step as usize % LINES * POST_BYTES) as u64
+/// Where in an arena post number `post` of its rank lies.
+fn place_of(post: u32) -> usize {
+    POSTS as usize + post as usize % LINES * POST_BYTES
 }
 
 /// What a rank says to one peer alone: what it sends, and what it has received.
@@ -116,7 +119,7 @@ impl Mapping {
             .checked_mul(dtype.size())
             .and_then(|bytes| usize::try_from(at).ok()?.checked_add(bytes));
         at >= POSTS
-            && at.is_multiple_of(dtype.size() as u64)
+            && at & (dtype.size() as u64 - 1) == 0 // sizes are powers of two
             && end.is_some_and(|end| end <= self.bytes())
     }
 
@@ -132,20 +135,70 @@ impl Mapping {
         unsafe { Span::from_raw(start, dtype, numel, None) }
     }
 
-    /// Copy `bytes` to where this arena's rank posts with `step`, `skip` bytes from the start of it.
+    /// Copy `bytes` into post number `post` of this arena's rank, `skip` bytes from the start of it.
     ///
     /// # Panics
     /// When there is no room for so many.
-    pub(crate) fn post(&self, step: u32, skip: usize, bytes: &[u8]) {
-        assert!(bytes.len() <= POST_BYTES - skip, "posts are small");
-        let target = self
-            .map
-            .as_mut_ptr()
-            .wrapping_add(post(step) as usize + skip);
-        // SAFETY: inside the mapping by the assertion and SMALLEST; `bytes` are a reference's, and none lies over posts.
-        // Nobody reads this post before the step is published, and nobody still reads what was here before: `flags`,
-        // [Note: lines]. A breach would show in the parity tests of `comm::host`.
+    #[inline]
+    pub(crate) fn post(&self, post: u32, skip: usize, bytes: &[u8]) {
+        let target = self.posted_at(post, skip, bytes.len());
+        // SAFETY: inside the mapping by `posted_at`; `bytes` are a reference's, and none lies over posts. Nobody reads this
+        // post before its step is published, and nobody still reads what was here before: `flags`, [Note: lines]. A breach
+        // would show in the parity tests of `comm::host`.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), target, bytes.len()) };
+    }
+
+    /// Elements that this arena's rank has posted, to load, `skip` bytes from the start of the post.
+    ///
+    /// # Panics
+    /// When a post has not so many, or they are not aligned.
+    #[inline]
+    pub(crate) fn posted(&self, post: u32, skip: usize, dtype: Dtype, numel: usize) -> Span<'_> {
+        let start = self.posted_at(post, skip, numel.saturating_mul(dtype.size()));
+        // SAFETY: inside the mapping, by `posted_at`; mapped for as long as `self`; initialised, as a memfd is zero at first.
+        // Nobody writes it before this rank has come to the step after: `flags`, [Note: lines]. A breach would show in the
+        // parity tests of `comm::host`.
+        unsafe { Span::from_raw(start, dtype, numel, None) }
+    }
+
+    /// Copy what this arena's rank has posted, `skip` bytes from the start of the post, into `target`.
+    ///
+    /// # Panics
+    /// When a post has not so many.
+    #[inline]
+    pub(crate) fn take(&self, post: u32, skip: usize, target: &mut [u8]) {
+        let start = self.posted_at(post, skip, target.len());
+        // SAFETY: `start` as in `posted`; `target` is a reference's, and none lies over posts.
+        unsafe { std::ptr::copy_nonoverlapping(start, target.as_mut_ptr(), target.len()) };
+    }
+
+    /// These bytes of post number `post` are likely to be written soon: a hint to the processor to fetch the first lines of
+    /// them from those who have read them, so that the write need not wait for that.
+    ///
+    /// # Panics
+    /// When a post has not so many.
+    #[inline]
+    pub(crate) fn expect(&self, post: u32, bytes: Range<usize>) {
+        const LINE_BYTES: usize = 64;
+        let few = bytes.len().min(EXPECTED_BYTES);
+        let start = self.posted_at(post, bytes.start, few);
+        for line in (0..few).step_by(LINE_BYTES) {
+            let line = start.wrapping_add(line);
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: a hint changes no memory, faults on none, and is ignored by processors that do not know it.
+            unsafe {
+                std::arch::asm!("prefetchw [{}]", in(reg) line, options(nostack, preserves_flags))
+            };
+            #[cfg(not(target_arch = "x86_64"))]
+            let _ = line;
+        }
+    }
+
+    #[inline]
+    fn posted_at(&self, post: u32, skip: usize, bytes: usize) -> *mut u8 {
+        let fits = skip <= POST_BYTES && bytes <= POST_BYTES - skip;
+        assert!(fits, "posts are small");
+        self.map.as_mut_ptr().wrapping_add(place_of(post) + skip)
     }
 
     /// Elements to store, `at` bytes from the start.

@@ -21,7 +21,7 @@ use std::time::Duration;
 use super::sync::{AtomicU32, AtomicU64, Ordering, Word, fence};
 
 /// Words of a note, beside its fingerprint.
-pub(super) const WORDS: usize = 6;
+pub(crate) const WORDS: usize = 6;
 
 /// Words that explain a note.
 pub(super) const DETAILS: usize = 6;

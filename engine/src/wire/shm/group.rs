@@ -1,6 +1,6 @@
 //! The ranks that share memory: everybody's arena, and the step in which they meet.
 
-use std::{sync::Arc, time::Duration};
+use std::{ops::Range, sync::Arc, time::Duration};
 
 use fabric_kernels::Dtype;
 
@@ -45,6 +45,7 @@ pub(crate) struct Group {
     pub(super) vigil: Vigil,
     pub(super) turns: Turns,
     step: u32,
+    posts: u32,                        // how many there were: all ranks count alike
     past: u64,                         // the fingerprint of all steps so far
     met: u32,                          // the last step at which this rank saw everybody
     words: Vec<[u64; WORDS]>,          // of the last step, by rank: of those that were needed
@@ -73,6 +74,7 @@ impl Group {
             vigil,
             turns: Turns::new(crowded),
             step: 0,
+            posts: 0,
             past: SEED,
             met: 0,
             words: vec![[0; WORDS]; size],
@@ -100,6 +102,7 @@ impl Group {
     }
 
     /// The arena of any rank.
+    #[inline]
     pub(crate) fn memory(&self, rank: usize) -> &Mapping {
         self.peers[rank].as_ref().unwrap_or(self.own.mapping())
     }
@@ -110,21 +113,36 @@ impl Group {
     }
 
     /// A new operation begins, which may take so long.
+    #[inline]
     pub(crate) fn begin(&mut self, patience: Duration) {
         self.patience = patience;
         self.due = None;
     }
 
-    /// The next step's number, once its line and its post are free to be written: `flags`, [Note: lines].
+    /// Wait until the next step's line, and a post, are free to be written: `flags`, [Note: lines].
     ///
     /// # Errors
     /// As [`Group::meet`].
-    pub(crate) fn room(&mut self, header: &Header) -> Result<u32> {
-        let step = self.step.wrapping_add(1);
+    #[inline]
+    pub(crate) fn room(&mut self, header: &Header) -> Result<()> {
         if self.met == self.step {
-            return Ok(step); // everybody has come to the step before
+            return Ok(()); // everybody has come to the step before
         }
-        let free = step.wrapping_sub(LINES as u32 - 1);
+        let free = self.step.wrapping_sub(LINES as u32 - 2);
+        match (0..self.size()).all(|peer| self.memory(peer).control().reached(free)) {
+            true => Ok(()),
+            false => self.make_room(header, free),
+        }
+    }
+
+    /// The number of the post that goes with the next step.
+    #[inline]
+    pub(crate) fn next_post(&mut self) -> u32 {
+        self.posts = self.posts.wrapping_add(1);
+        self.posts
+    }
+
+    fn make_room(&mut self, header: &Header, free: u32) -> Result<()> {
         self.expect(Needs::All);
         loop {
             let mut pending = std::mem::take(&mut self.pending);
@@ -132,7 +150,7 @@ impl Group {
             self.pending = pending;
             let Some(&first) = self.pending.first() else {
                 self.turns.learn();
-                return Ok(step);
+                return Ok(());
             };
             if !self.turns.pass(&self.vigil.clock) {
                 let nap = self.check(header)?;
@@ -147,24 +165,24 @@ impl Group {
     /// When a peer is in another operation, has failed, or does not come in time; when the signal is raised.
     pub(crate) fn meet(&mut self, header: &Header, words: [u64; WORDS]) -> Result<()> {
         self.room(header)?;
-        let print = self.come(header, words);
+        let print = self.come(header, &words);
         self.wait(header, print, Needs::All)
     }
 
     /// Come to the next step, which has room, with `words`; gives the fingerprint that others must have: of this step and
     /// all before it, because there are steps at which not everybody is waited for.
-    pub(crate) fn come(&mut self, header: &Header, words: [u64; WORDS]) -> u64 {
+    pub(crate) fn come(&mut self, header: &Header, words: &[u64; WORDS]) -> u64 {
         self.step = self.step.wrapping_add(1);
         let details = header.to_words();
+        self.past = print(self.past, &details);
         let note = Note {
-            print: print(self.past, &details),
-            words,
+            print: self.past,
+            words: *words,
         };
-        self.past = note.print;
         let control = self.own.mapping().control();
         control.publish(self.step, &note, &details);
-        self.words[self.rank] = words;
-        note.print
+        self.words[self.rank] = *words;
+        self.past
     }
 
     /// Wait for those that are needed to come to the step to which this rank has come.
@@ -172,29 +190,51 @@ impl Group {
     /// # Errors
     /// As [`Group::meet`].
     pub(crate) fn wait(&mut self, header: &Header, print: u64, needs: Needs) -> Result<()> {
-        self.expect(needs);
         let mut has_rung = false;
-        loop {
-            self.look(print, header)?;
-            let Some(&first) = self.pending.first() else {
-                self.turns.learn();
-                if !has_rung {
+        for peer in self.needed(needs) {
+            while peer != self.rank && !self.look(peer, header, print)? {
+                if !has_rung && self.turns.is_long() {
                     self.own.mapping().control().ring(self.step);
+                    has_rung = true;
                 }
-                if needs == Needs::All {
-                    self.met = self.step;
+                if !self.turns.pass(&self.vigil.clock) {
+                    self.sleep(peer, header, print, needs)?;
                 }
-                return Ok(());
-            };
-            if !has_rung && self.turns.is_long() {
-                self.own.mapping().control().ring(self.step);
-                has_rung = true;
-            }
-            if !self.turns.pass(&self.vigil.clock) {
-                let nap = self.check(header)?;
-                self.memory(first).control().park(self.step, nap);
             }
         }
+        self.turns.learn();
+        if !has_rung {
+            self.own.mapping().control().ring(self.step);
+        }
+        let is_all = match needs {
+            Needs::All => true,
+            Needs::One(one) => self.size() == 2 && one != self.rank,
+            Needs::Nobody => false,
+        };
+        if is_all {
+            self.met = self.step;
+        }
+        Ok(())
+    }
+
+    /// Sleep until `peer` comes, unless something is wrong with any of those that are needed.
+    #[cold]
+    fn sleep(&mut self, peer: usize, header: &Header, print: u64, needs: Needs) -> Result<()> {
+        self.expect(needs);
+        let mut pending = std::mem::take(&mut self.pending);
+        let mut still = Ok(());
+        pending.retain(|&peer| match self.look(peer, header, print) {
+            Ok(has_come) => !has_come,
+            Err(error) => {
+                still = Err(error);
+                true
+            }
+        });
+        self.pending = pending;
+        still?;
+        let nap = self.check(header)?;
+        self.memory(peer).control().park(self.step, nap);
+        Ok(())
     }
 
     /// Whether rank `peer` may have announced this place; an error that names it when it lies.
@@ -219,36 +259,36 @@ impl Group {
         }
     }
 
-    fn expect(&mut self, needs: Needs) {
-        self.pending.clear();
-        let (rank, size) = (self.rank, self.size());
-        let range = match needs {
-            Needs::All => 0..size,
+    fn needed(&self, needs: Needs) -> Range<usize> {
+        match needs {
+            Needs::All => 0..self.size(),
             Needs::One(one) => one..one + 1,
             Needs::Nobody => 0..0,
-        };
-        self.pending.extend(range.filter(|peer| *peer != rank));
+        }
     }
 
-    /// Take the words of those that have come since the last look.
-    fn look(&mut self, ours: u64, header: &Header) -> Result<()> {
-        let mut index = 0;
-        while let Some(&peer) = self.pending.get(index) {
-            let Some(note) = self.memory(peer).control().arrived(self.step) else {
-                index += 1;
-                continue;
-            };
-            if note.print != ours {
-                return Err(self.parted(peer, header));
-            }
-            self.vigil.ledger.saw(peer, header.stamp.sequence);
-            self.words[peer] = note.words;
-            self.pending.swap_remove(index);
+    fn expect(&mut self, needs: Needs) {
+        let (rank, needed) = (self.rank, self.needed(needs));
+        self.pending.clear();
+        self.pending.extend(needed.filter(|peer| *peer != rank));
+    }
+
+    /// Take a peer's words, if it has come.
+    #[inline]
+    fn look(&mut self, peer: usize, header: &Header, ours: u64) -> Result<bool> {
+        let Some(note) = self.memory(peer).control().arrived(self.step) else {
+            return Ok(false);
+        };
+        if note.print != ours {
+            return Err(self.parted(peer, header));
         }
-        Ok(())
+        self.vigil.ledger.saw(peer, header.stamp.sequence);
+        self.words[peer] = note.words;
+        Ok(true)
     }
 
     /// Where a peer whose fingerprint is another went another way: at the first step that both still show.
+    #[cold]
     fn parted(&self, peer: usize, header: &Header) -> Error {
         let (own, other) = (self.own.mapping().control(), self.memory(peer).control());
         for back in (0..LINES as u32).rev() {
@@ -332,13 +372,19 @@ impl Group {
     }
 }
 
-/// A fingerprint of a header, and of what the fingerprint `before` stands for: each word is multiplied to twice its length
-/// and folded, as in wyhash (Wang Yi 2019). It tells accidents apart; a peer that wants to lie can.
+/// A fingerprint of a header, and of what the fingerprint `before` stands for: words are multiplied in pairs to twice their
+/// length and folded, as in wyhash (Wang Yi 2019), the pairs at the same time. It tells accidents apart; a peer that wants to
+/// lie can.
 pub(super) fn print(before: u64, details: &[u64; DETAILS]) -> u64 {
-    details.iter().fold(before, |print, word| {
-        let wide = u128::from(print ^ word) * 0xa076_1d64_78bd_642f;
+    let mix = |left: u64, right: u64| {
+        let wide = u128::from(left) * u128::from(right);
         (wide >> 64) as u64 ^ wide as u64
-    })
+    };
+    let [a, b, c, d, e, f] = *details;
+    let first = mix(a ^ 0xa076_1d64_78bd_642f, b ^ 0xe703_7ed1_a0b4_28db);
+    let second = mix(c ^ 0x8ebc_6af0_9c88_c6e3, d ^ 0x5899_65cc_7537_4cc3);
+    let third = mix(e ^ 0x1d8e_4e27_c47d_124f, f ^ 0xeb44_acca_b455_d165);
+    mix(before ^ first, second ^ third ^ SEED)
 }
 
 #[cfg(all(test, not(loom)))]

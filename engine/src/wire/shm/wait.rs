@@ -46,12 +46,18 @@ impl Turns {
     }
 
     /// Let some time pass; false when it is time to sleep.
+    #[inline]
     pub(super) fn pass(&mut self, clock: &Clock) -> bool {
         self.taken += 1;
         if self.taken <= self.spins {
             std::hint::spin_loop();
             return true;
         }
+        self.pass_on(clock)
+    }
+
+    /// Others may want this core.
+    fn pass_on(&mut self, clock: &Clock) -> bool {
         if self.is_crowded {
             std::thread::yield_now();
             return self.taken <= YIELDS;
@@ -67,10 +73,14 @@ impl Turns {
     }
 
     /// What was waited for has come: [Note: how to wait].
+    #[inline]
     pub(super) fn learn(&mut self) {
-        if self.taken == 0 {
-            return;
+        if self.taken > 0 {
+            self.draw();
         }
+    }
+
+    fn draw(&mut self) {
         if !self.is_crowded {
             if self.used > 0 {
                 self.spins = (self.spins / 2).max(FEW_SPINS);

@@ -2,13 +2,15 @@
 //! in registers, and store the result into everybody's output.
 
 mod cache;
+mod hand;
 mod outline;
 mod pass;
+mod post;
 mod windows;
 
 use std::{sync::Arc, time::Duration};
 
-use fabric_kernels::Dtype;
+use fabric_kernels::{Combiner, Dtype};
 
 use super::{
     super::{Call, Data, Op, ReduceOp, Spent},
@@ -16,7 +18,6 @@ use super::{
     recent::Recent,
 };
 use crate::{
-    buffer::Slab,
     error::Result,
     schedule::choose::Tuning,
     wire::{
@@ -26,6 +27,7 @@ use crate::{
 };
 use outline::{Key, Outline};
 use pass::Pass;
+use post::Posting;
 
 /// A group that shares memory, and what is kept between calls.
 pub(super) struct SharedMemory {
@@ -33,11 +35,31 @@ pub(super) struct SharedMemory {
     tuning: Tuning,
     cache_bytes: usize, // what all ranks together can keep near
     outlines: Recent<Key, Outline>,
-    last: Option<(Key, Arc<Outline>)>,
-    inline: Slab,       // small inputs, by rank, of the call that runs
-    factors: Vec<f64>,  // by rank, of the call that runs
-    places: Vec<Place>, // by rank, of the call that runs
-    kept: Vec<Data>,    // the memory of a call that failed: peers may still store there
+    last: [Option<Last>; Op::KINDS], // by kind
+    factors: Vec<f64>,               // by rank, of the call that runs
+    places: Vec<Place>,              // by rank, of the call that runs
+    kept: Vec<Data>, // the memory of a call that failed: peers may still store there
+}
+
+/// The last call of a kind, and its outline.
+struct Last {
+    op: Op,
+    dtype: Dtype,
+    numel: u64,
+    counts: Option<Arc<[usize]>>,
+    outline: Arc<Outline>,
+    combiner: Combiner, // of all ranks' elements
+}
+
+impl Last {
+    /// Whether the call is of the same kind: told without a look at what tells kinds apart in general.
+    #[inline(always)]
+    fn is_like(&self, stamp: &Stamp, call: &Call) -> bool {
+        self.op == call.op
+            && self.dtype == stamp.dtype
+            && self.numel == stamp.numel
+            && call.is_cut_as(&self.counts)
+    }
 }
 
 /// Where a rank's input and output start in its arena, in bytes.
@@ -50,12 +72,11 @@ struct Place {
 impl SharedMemory {
     pub(super) fn new(group: Group, tuning: Tuning) -> Self {
         Self {
-            inline: Slab::zeroed(Dtype::U8, group.size() * pass::INLINE_BYTES),
             group,
             tuning,
             cache_bytes: cache::bytes(),
             outlines: Recent::new(),
-            last: None,
+            last: Default::default(),
             factors: Vec::new(),
             places: Vec::new(),
             kept: Vec::new(),
@@ -107,46 +128,66 @@ impl SharedMemory {
 
     fn attempt(&mut self, stamp: &Stamp, call: &Call, data: &mut Data) -> Result<Spent> {
         let (rank, size) = (self.rank(), self.size());
-        let Some(key) = Key::new(call, stamp.dtype, stamp.numel as usize) else {
-            return message(&mut self.group, stamp, call.op, data);
+        let math = Math {
+            rank,
+            size,
+            reduce: call.op.reduce().unwrap_or(ReduceOp::Sum),
+            stamp,
         };
-        // The last call's is found without a look, because calls like to repeat.
-        let outline = match self.last.take() {
-            Some((last, outline)) if last == key => outline,
-            _ => {
+        // The last call's outline is found without a search, because calls like to repeat.
+        let last = match &mut self.last[call.op.index()] {
+            Some(last) if last.is_like(stamp, call) => last,
+            last => {
+                let Some(key) = Key::new(call, stamp.dtype, stamp.numel as usize) else {
+                    return message(&mut self.group, stamp, call.op, data);
+                };
                 let tuning = &self.tuning;
                 let make = |key: &Key| Outline::new(key, tuning, size, rank);
-                self.outlines.get(key.clone(), make)
+                let finish = math.finishing(size);
+                last.insert(Last {
+                    combiner: Combiner::new(math.reduce.fold(), stamp.dtype, size, finish),
+                    op: call.op,
+                    dtype: stamp.dtype,
+                    numel: stamp.numel,
+                    counts: call.counts.clone(),
+                    outline: self.outlines.get(key, make),
+                })
             }
         };
+        let outline = &*last.outline;
+        let header = Header {
+            stamp: *stamp,
+            round: 0,
+            bytes: 0,
+        };
+        if let Some(posts) = &outline.posts {
+            let mut posting = Posting {
+                group: &mut self.group,
+                factors: &mut self.factors,
+                header: &header,
+                math,
+                outline,
+                posts,
+                combiner: &last.combiner,
+            };
+            return posting.go(data);
+        }
         let mut pass = Pass {
-            header: Header {
-                stamp: *stamp,
-                round: 0,
-                bytes: 0,
-            },
+            header,
             group: &mut self.group,
             outlines: &mut self.outlines,
             tuning: &self.tuning,
-            inline: &mut self.inline,
             factors: &mut self.factors,
             places: &mut self.places,
-            math: Math {
-                rank,
-                size,
-                reduce: call.op.reduce().unwrap_or(ReduceOp::Sum),
-                stamp,
-            },
+            math,
             cache_bytes: self.cache_bytes,
             spent: Spent {
                 collectives: 1,
                 ..Spent::default()
             },
         };
-        let done = pass.go(&outline, data);
-        let spent = pass.spent;
-        self.last = Some((key, outline));
-        done.map(|()| spent)
+        pass.go(outline, data)?;
+        Ok(pass.spent)
     }
 }
 

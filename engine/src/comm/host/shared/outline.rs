@@ -18,8 +18,11 @@ use crate::{
         choose::{Tuning, WireKind},
         price::SharedPrice,
     },
-    wire::shm::{Needs, POST_BYTES},
+    wire::shm::{Needs, POST_BYTES, WORDS},
 };
+
+/// Bytes of an input that fit a flag's cache line, beside the factor.
+pub(super) const INLINE_BYTES: usize = (WORDS - 1) * size_of::<u64>();
 
 /// What decides an outline.
 #[derive(Clone, PartialEq, Eq, Hash)]
@@ -73,10 +76,12 @@ pub(super) struct Outline {
 
 /// Work on inputs that all ranks have posted.
 pub(super) struct Posts {
-    /// Elements of the longest input.
-    pub(super) longest: usize,
+    /// The longest input fits a flag's cache line.
+    pub(super) is_inline: bool,
     /// For whom this rank waits before it loads them.
     pub(super) needs: Needs,
+    /// Elements of this rank's input that no other rank loads.
+    pub(super) own: Range<usize>,
     pub(super) works: Vec<Work>,
 }
 
@@ -84,41 +89,65 @@ pub(super) struct Posts {
 pub(super) struct Work {
     /// The ranks that are folded.
     pub(super) sources: Range<usize>,
-    /// Where in their inputs the elements start, in all of them.
-    pub(super) skip: usize,
+    /// How many of them are peers.
+    pub(super) peers: usize,
+    /// Where in their inputs the elements start, in all of them, in bytes.
+    pub(super) skip_bytes: usize,
     /// Where in this rank's output they start.
     pub(super) start: usize,
     pub(super) elems: usize,
 }
 
 impl Posts {
-    fn new(problem: &Problem, rank: usize, steps: &[Shared]) -> Self {
+    fn new(problem: &Problem, dtype: Dtype, rank: usize, steps: &[Shared]) -> Self {
         let inputs = (0..problem.world).map(|rank| problem.input(rank).len());
         let works = steps.iter().flat_map(|step| match step {
             Shared::LoadFoldStore { ranges, from, .. } => ranges
                 .iter()
-                .map(|range| Work::new(problem, rank, range, *from))
+                .map(|range| Work::new(problem, dtype, rank, range, *from))
                 .collect(),
             Shared::Post | Shared::Sync => Vec::new(),
         });
         Self {
-            longest: inputs.max().unwrap_or(0),
+            is_inline: inputs.max().unwrap_or(0) * dtype.size() <= INLINE_BYTES,
             needs: match problem.kind {
                 Kind::Broadcast { root } | Kind::Scatter { root } => Needs::One(root),
                 Kind::Reduce { root } | Kind::Gather { root } if root != rank => Needs::Nobody,
                 _ => Needs::All,
             },
+            own: own(problem, rank),
             works: works.collect(),
         }
     }
 }
 
+/// Elements of a rank's input that no other rank has a use for, in the input's own coordinates.
+fn own(problem: &Problem, rank: usize) -> Range<usize> {
+    let input = problem.input(rank);
+    let own = match problem.kind {
+        Kind::ReduceScatter => problem.slices[rank].clone(),
+        Kind::Scatter { root } if root == rank => problem.slices[rank].clone(),
+        Kind::Reduce { root } | Kind::Gather { root } if root == rank => input.clone(),
+        Kind::AllToAll => problem.block(rank, rank),
+        _ => input.start..input.start,
+    };
+    own.start - input.start..own.end - input.start
+}
+
 impl Work {
-    fn new(problem: &Problem, rank: usize, range: &Range<usize>, from: Ranks) -> Self {
+    fn new(
+        problem: &Problem,
+        dtype: Dtype,
+        rank: usize,
+        range: &Range<usize>,
+        from: Ranks,
+    ) -> Self {
         let sources = members(problem, from);
         let start = problem.output_index(rank, range.start);
+        let skip = range.start - problem.input(sources.start).start; // where many are folded, all inputs are whole
         Self {
-            skip: range.start - problem.input(sources.start).start, // where many are folded, all inputs are whole
+            peers: sources.len() - usize::from(sources.contains(&rank)),
+            skip_bytes: skip * dtype.size(),
             start: start.expect("the checker proves that outputs hold what is stored"),
             elems: range.len(),
             sources,
@@ -142,7 +171,9 @@ impl Outline {
         let algorithm = tuning.choose(&key.kind, size, bytes, WireKind::Shm);
         let inputs = (0..size).map(|rank| problem.input(rank).len() * key.dtype.size());
         let fits = inputs.max().unwrap_or(0) <= POST_BYTES;
-        let does_post = algorithm == Algorithm::Post && fits && !key.is_window;
+        // A barrier is a post of nothing.
+        let is_small = algorithm == Algorithm::Post || key.kind == Kind::Barrier;
+        let does_post = is_small && fits && !key.is_window;
         let steps = if does_post {
             schedule::posted(&problem, rank)
         } else {
@@ -151,7 +182,7 @@ impl Outline {
         let ranks = 0..size;
         let touched = ranks.map(|rank| problem.input(rank).len() + problem.output_elems(rank));
         Self {
-            posts: does_post.then(|| Posts::new(&problem, rank, &steps)),
+            posts: does_post.then(|| Posts::new(&problem, key.dtype, rank, &steps)),
             steps,
             lengths: (problem.input(rank).len(), problem.output_elems(rank)),
             starts: starts(&problem, rank, true),

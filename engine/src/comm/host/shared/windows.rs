@@ -13,8 +13,9 @@ use fabric_kernels as kernels;
 use super::{
     super::super::Data,
     Place,
+    hand::Hand,
     outline::{Key, Outline},
-    pass::{Hand, Pass},
+    pass::Pass,
 };
 use crate::{
     error::Result,
@@ -78,7 +79,7 @@ impl Pass<'_> {
         for (large, at) in window.within(&own) {
             let mut at = STAGE_IN + ((at - base) * dtype.size()) as u64;
             let part = large.start - own.start..large.end - own.start;
-            hand.read_part(data, part, |slab, range| {
+            hand.read(data, part, |slab, range| {
                 let stage = self.group.own().mapping();
                 let stage = stage.span_mut(at, dtype, range.len());
                 at += (range.len() * dtype.size()) as u64;
