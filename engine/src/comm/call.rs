@@ -136,10 +136,10 @@ pub enum Op {
 }
 
 impl Op {
-    /// How many kinds of operations there are.
+    /// How many operations there are.
     pub(super) const KINDS: usize = 12;
 
-    /// A number for each kind, from 0 on.
+    /// A number for each operation, whatever its reduction and its root, from 0 on.
     #[inline]
     pub(super) fn index(self) -> usize {
         match self {

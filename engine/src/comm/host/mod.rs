@@ -101,7 +101,8 @@ pub struct Host {
     pending: Arc<AtomicUsize>,
     desk: Desk,
     sequence: u64,
-    latest: [Option<Latest>; Op::KINDS], // by kind, because calls like to repeat
+    latest: [Option<Latest>; Op::KINDS], // by operation, because calls like to repeat
+    kinds: u64,
     family: Option<Family>,
     reason: String,
 }
@@ -115,14 +116,18 @@ enum Executor {
 impl Executor {
     fn run(
         &mut self,
-        stamp: &Stamp,
+        begun: &Begun,
         call: &Call,
         data: &mut Data,
         patience: Duration,
+        ledger: &Ledger,
     ) -> Result<Spent> {
         match self {
-            Self::Messages(messages) => messages.run(stamp, call, data, patience),
-            Self::Shared(shared) => shared.run(stamp, call, data, patience),
+            Self::Messages(messages) => {
+                ledger.enter(&begun.stamp);
+                messages.run(&begun.stamp, call, data, patience)
+            }
+            Self::Shared(shared) => shared.run(begun, call, data, patience), // which enters when it finds the time
         }
     }
 
@@ -176,8 +181,14 @@ impl Account {
     }
 }
 
-struct Job {
+/// An operation that fits its memory, and has its number.
+struct Begun {
     stamp: Stamp,
+    kind: u64, // calls that are alike have the same, when nothing else came between
+}
+
+struct Job {
+    begun: Begun,
     call: Call,
     data: Data,
     promise: Promise,
@@ -268,6 +279,7 @@ impl Host {
             desk: Desk::new(),
             sequence: 0,
             latest: Default::default(),
+            kinds: 0,
             family: None,
             reason: String::new(),
         })
@@ -285,16 +297,17 @@ impl Host {
 
     /// An operation begins, if its memory fits and nobody has failed: it gets its number.
     #[inline(always)]
-    fn begin(&mut self, call: &Call, data: &Data) -> Result<Stamp> {
+    fn begin(&mut self, call: &Call, data: &Data) -> Result<Begun> {
         let shared = &self.shared;
         let latest = &mut self.latest[call.op.index()];
-        let mut stamp = match latest {
-            Some(latest) if latest.is_like(call, data) => latest.stamp,
+        let (mut stamp, kind) = match latest {
+            Some(latest) if latest.is_like(call, data) => (latest.stamp, latest.kind),
             latest => {
                 let shape = check_shapes(shared.rank, shared.size, call, data)?;
                 let stamp = stamp(0, call, shape);
-                *latest = Latest::new(call, data, stamp);
-                stamp
+                self.kinds += 1;
+                *latest = Latest::new(call, data, stamp, self.kinds);
+                (stamp, self.kinds)
             }
         };
         stamp.label = call.label;
@@ -312,7 +325,7 @@ impl Host {
                 bytes: stamp.numel as usize * stamp.dtype.size(),
             });
         }
-        Ok(stamp)
+        Ok(Begun { stamp, kind })
     }
 
     /// By which wire: "shm", "tcp", "sim", ...
@@ -335,7 +348,7 @@ fn work(shared: &Shared, jobs: &Taker<Job>, pending: &AtomicUsize) {
         };
         let data = held.data.as_mut().expect("put there above");
         let result =
-            (shared.check(&job.stamp)).and_then(|()| shared.run(&job.stamp, &job.call, data));
+            (shared.check(&job.begun.stamp)).and_then(|()| shared.run(&job.begun, &job.call, data));
         let data = held.data.take().expect("it is still there");
         pending.fetch_sub(1, Ordering::AcqRel);
         job.promise.keep(result.map(|()| data));
@@ -371,25 +384,24 @@ impl Drop for Host {
 
 impl Shared {
     /// On failure the executor keeps the memory.
-    fn run(&self, stamp: &Stamp, call: &Call, data: &mut Data) -> Result<()> {
+    fn run(&self, begun: &Begun, call: &Call, data: &mut Data) -> Result<()> {
         let patience = call.deadline.unwrap_or(self.options.deadline);
-        self.ledger.enter(stamp);
         let mut executor = self
             .executor
             .lock()
             .unwrap_or_else(|held| held.into_inner());
-        match executor.run(stamp, call, data, patience) {
+        match executor.run(begun, call, data, patience, &self.ledger) {
             Ok(cost) => {
                 self.ledger.leave();
                 self.spent.add(cost);
                 if self.trace.is_on() {
                     self.trace.note(Event::Completed {
-                        sequence: stamp.sequence,
+                        sequence: begun.stamp.sequence,
                     });
                 }
                 Ok(())
             }
-            Err(error) => Err(self.failed(stamp, error)),
+            Err(error) => Err(self.failed(&begun.stamp, error)),
         }
     }
 
@@ -468,15 +480,15 @@ impl Communicator for Host {
     }
 
     fn submit(&mut self, call: Call, mut data: Data) -> Result<Work> {
-        let stamp = self.begin(&call, &data)?;
+        let begun = self.begin(&call, &data)?;
         if self.worker.is_none() || (call.blocking && self.is_idle()) {
-            let result = self.shared.run(&stamp, &call, &mut data);
+            let result = self.shared.run(&begun, &call, &mut data);
             return Ok(Work::done(result.map(|()| data)));
         }
         let (promise, work) = self.desk.open(self.shared.signal.clone());
         self.pending.fetch_add(1, Ordering::AcqRel);
         let job = Job {
-            stamp,
+            begun,
             call,
             data,
             promise,
@@ -495,8 +507,8 @@ impl Communicator for Host {
 
     fn run(&mut self, call: &Call, data: &mut Data) -> Result<()> {
         if self.worker.is_none() || self.is_idle() {
-            let stamp = self.begin(call, data)?;
-            return self.shared.run(&stamp, call, data);
+            let begun = self.begin(call, data)?;
+            return self.shared.run(&begun, call, data);
         }
         let taken = std::mem::replace(data, Data::None);
         *data = self.submit(call.clone().blocking(), taken)?.wait()?;

@@ -54,6 +54,8 @@ pub(super) struct Latest {
     form: Form,
     /// Its fingerprint, but for its number and its label.
     pub(super) stamp: Stamp,
+    /// A number that calls like it share, and no others.
+    pub(super) kind: u64,
 }
 
 /// All of the data that decides whether it fits.
@@ -79,12 +81,13 @@ impl Form {
 }
 
 impl Latest {
-    pub(super) fn new(call: &Call, data: &Data, stamp: Stamp) -> Option<Self> {
+    pub(super) fn new(call: &Call, data: &Data, stamp: Stamp, kind: u64) -> Option<Self> {
         Some(Self {
             op: call.op,
             counts: call.counts.clone(),
             form: Form::of(data)?,
             stamp,
+            kind,
         })
     }
 

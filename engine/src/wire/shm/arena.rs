@@ -182,12 +182,16 @@ impl Mapping {
         const LINE_BYTES: usize = 64;
         let few = bytes.len().min(EXPECTED_BYTES);
         let start = self.posted_at(post, bytes.start, few);
-        for line in (0..few).step_by(LINE_BYTES) {
+        for line in (0..few).step_by(4 * LINE_BYTES) {
             let line = start.wrapping_add(line);
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: a hint changes no memory, faults on none, and is ignored by processors that do not know it.
+            // SAFETY: a hint changes no memory, faults on none (a few lines beyond the post among them), and is ignored by
+            // processors that do not know it.
             unsafe {
-                std::arch::asm!("prefetchw [{}]", in(reg) line, options(nostack, preserves_flags))
+                std::arch::asm!(
+                    "prefetchw [{0}]", "prefetchw [{0} + 64]", "prefetchw [{0} + 128]", "prefetchw [{0} + 192]",
+                    in(reg) line, options(nostack, preserves_flags)
+                )
             };
             #[cfg(not(target_arch = "x86_64"))]
             let _ = line;

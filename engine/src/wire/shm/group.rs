@@ -13,7 +13,7 @@ use crate::{
     error::{Error, Result},
     wire::{
         Vigil,
-        frame::{HEADER_BYTES, Header, OpCode},
+        frame::{HEADER_BYTES, Header, OpCode, Stamp},
     },
 };
 
@@ -119,6 +119,12 @@ impl Group {
         self.due = None;
     }
 
+    /// This rank is in an operation: what others are told when it, or a peer, is gone.
+    #[inline]
+    pub(crate) fn enter(&self, stamp: &Stamp) {
+        self.vigil.ledger.enter(stamp);
+    }
+
     /// Wait until the next step's line, and a post, are free to be written: `flags`, [Note: lines].
     ///
     /// # Errors
@@ -143,6 +149,7 @@ impl Group {
     }
 
     fn make_room(&mut self, header: &Header, free: u32) -> Result<()> {
+        self.enter(&header.stamp);
         self.expect(Needs::All);
         loop {
             let mut pending = std::mem::take(&mut self.pending);

@@ -14,6 +14,7 @@ use fabric_kernels::{Combiner, Dtype};
 
 use super::{
     super::{Call, Data, Op, ReduceOp, Spent},
+    Begun,
     math::Math,
     recent::Recent,
 };
@@ -35,31 +36,17 @@ pub(super) struct SharedMemory {
     tuning: Tuning,
     cache_bytes: usize, // what all ranks together can keep near
     outlines: Recent<Key, Outline>,
-    last: [Option<Last>; Op::KINDS], // by kind
+    last: [Option<Last>; Op::KINDS], // by operation
     factors: Vec<f64>,               // by rank, of the call that runs
     places: Vec<Place>,              // by rank, of the call that runs
     kept: Vec<Data>, // the memory of a call that failed: peers may still store there
 }
 
-/// The last call of a kind, and its outline.
+/// The last call of an operation, and what is done for those like it.
 struct Last {
-    op: Op,
-    dtype: Dtype,
-    numel: u64,
-    counts: Option<Arc<[usize]>>,
+    kind: u64,
     outline: Arc<Outline>,
     combiner: Combiner, // of all ranks' elements
-}
-
-impl Last {
-    /// Whether the call is of the same kind: told without a look at what tells kinds apart in general.
-    #[inline(always)]
-    fn is_like(&self, stamp: &Stamp, call: &Call) -> bool {
-        self.op == call.op
-            && self.dtype == stamp.dtype
-            && self.numel == stamp.numel
-            && call.is_cut_as(&self.counts)
-    }
 }
 
 /// Where a rank's input and output start in its arena, in bytes.
@@ -94,13 +81,13 @@ impl SharedMemory {
     /// Do `call`, in at most `patience`; also says what it cost, as it was counted on the way.
     pub(super) fn run(
         &mut self,
-        stamp: &Stamp,
+        begun: &Begun,
         call: &Call,
         data: &mut Data,
         patience: Duration,
     ) -> Result<Spent> {
         self.group.begin(patience);
-        let done = self.attempt(stamp, call, data);
+        let done = self.attempt(begun, call, data);
         if done.is_err() {
             self.kept.push(std::mem::replace(data, Data::None));
             self.group.fail();
@@ -126,7 +113,9 @@ impl SharedMemory {
         }
     }
 
-    fn attempt(&mut self, stamp: &Stamp, call: &Call, data: &mut Data) -> Result<Spent> {
+    #[inline(always)]
+    fn attempt(&mut self, begun: &Begun, call: &Call, data: &mut Data) -> Result<Spent> {
+        let stamp = &begun.stamp;
         let (rank, size) = (self.rank(), self.size());
         let math = Math {
             rank,
@@ -136,9 +125,10 @@ impl SharedMemory {
         };
         // The last call's outline is found without a search, because calls like to repeat.
         let last = match &mut self.last[call.op.index()] {
-            Some(last) if last.is_like(stamp, call) => last,
+            Some(last) if last.kind == begun.kind => last,
             last => {
                 let Some(key) = Key::new(call, stamp.dtype, stamp.numel as usize) else {
+                    self.group.enter(stamp);
                     return message(&mut self.group, stamp, call.op, data);
                 };
                 let tuning = &self.tuning;
@@ -146,10 +136,7 @@ impl SharedMemory {
                 let finish = math.finishing(size);
                 last.insert(Last {
                     combiner: Combiner::new(math.reduce.fold(), stamp.dtype, size, finish),
-                    op: call.op,
-                    dtype: stamp.dtype,
-                    numel: stamp.numel,
-                    counts: call.counts.clone(),
+                    kind: begun.kind,
                     outline: self.outlines.get(key, make),
                 })
             }
@@ -172,6 +159,7 @@ impl SharedMemory {
             };
             return posting.go(data);
         }
+        self.group.enter(stamp);
         let mut pass = Pass {
             header,
             group: &mut self.group,

@@ -6,6 +6,7 @@ use std::{
 };
 
 use fabric_kernels::Dtype;
+use smallvec::SmallVec;
 
 use super::super::{
     super::{Call, Spent},
@@ -74,15 +75,21 @@ pub(super) struct Outline {
     rank: usize,
 }
 
-/// Work on inputs that all ranks have posted.
+/// Work on inputs that all ranks have posted, in bytes, which need no multiplication when it is done.
 pub(super) struct Posts {
     /// The longest input fits a flag's cache line.
     pub(super) is_inline: bool,
     /// For whom this rank waits before it loads them.
     pub(super) needs: Needs,
-    /// Elements of this rank's input that no other rank loads.
-    pub(super) own: Range<usize>,
+    /// All of this rank's input.
+    pub(super) whole: [Range<usize>; 1],
+    /// What other ranks load of it.
+    pub(super) foreign: SmallVec<[Range<usize>; 2]>,
+    /// Where input and output start in slabs in place.
+    pub(super) starts_bytes: (usize, usize),
     pub(super) works: Vec<Work>,
+    /// What it costs.
+    pub(super) spent: Spent,
 }
 
 /// Elements of this rank's output, and what they are made of.
@@ -91,11 +98,13 @@ pub(super) struct Work {
     pub(super) sources: Range<usize>,
     /// How many of them are peers.
     pub(super) peers: usize,
-    /// Where in their inputs the elements start, in all of them, in bytes.
+    /// Where in their inputs the elements start, in all of them.
     pub(super) skip_bytes: usize,
     /// Where in this rank's output they start.
     pub(super) start: usize,
     pub(super) elems: usize,
+    pub(super) start_bytes: usize,
+    pub(super) bytes: usize,
 }
 
 impl Posts {
@@ -108,6 +117,19 @@ impl Posts {
                 .collect(),
             Shared::Post | Shared::Sync => Vec::new(),
         });
+        let works: Vec<_> = works.collect();
+        let mut spent = Spent {
+            collectives: 1,
+            ..Spent::default()
+        };
+        for work in &works {
+            spent.messages += u64::from(work.peers > 0);
+            spent.bytes += (work.peers * work.bytes) as u64;
+        }
+        let (whole, own) = (problem.input(rank).len(), own(problem, rank));
+        let bytes = |range: Range<usize>| range.start * dtype.size()..range.end * dtype.size();
+        let foreign = [0..own.start, own.end..whole].into_iter();
+        let (input, output) = starts(problem, rank, true);
         Self {
             is_inline: inputs.max().unwrap_or(0) * dtype.size() <= INLINE_BYTES,
             needs: match problem.kind {
@@ -115,8 +137,11 @@ impl Posts {
                 Kind::Reduce { root } | Kind::Gather { root } if root != rank => Needs::Nobody,
                 _ => Needs::All,
             },
-            own: own(problem, rank),
-            works: works.collect(),
+            whole: [bytes(0..whole)],
+            foreign: foreign.filter(|part| !part.is_empty()).map(bytes).collect(),
+            starts_bytes: (input * dtype.size(), output * dtype.size()),
+            works,
+            spent,
         }
     }
 }
@@ -142,14 +167,17 @@ impl Work {
         range: &Range<usize>,
         from: Ranks,
     ) -> Self {
-        let sources = members(problem, from);
+        let (sources, size) = (members(problem, from), dtype.size());
         let start = problem.output_index(rank, range.start);
+        let start = start.expect("the checker proves that outputs hold what is stored");
         let skip = range.start - problem.input(sources.start).start; // where many are folded, all inputs are whole
         Self {
             peers: sources.len() - usize::from(sources.contains(&rank)),
-            skip_bytes: skip * dtype.size(),
-            start: start.expect("the checker proves that outputs hold what is stored"),
+            skip_bytes: skip * size,
+            start,
             elems: range.len(),
+            start_bytes: start * size,
+            bytes: range.len() * size,
             sources,
         }
     }

@@ -15,14 +15,14 @@ use super::{
         super::{Data, ReduceOp, Spent},
         math::Math,
     },
-    hand::Hand,
     outline::{Outline, Posts, Work},
 };
 use crate::{
+    buffer::Slab,
     error::{Error, Result},
     wire::{
         frame::{Header, ReduceCode},
-        shm::{Group, WORDS},
+        shm::Group,
     },
 };
 
@@ -39,133 +39,172 @@ pub(super) struct Posting<'a> {
 
 impl Posting<'_> {
     /// All meet once, each with a copy of its input; says what it cost.
+    #[inline(always)]
     pub(super) fn go(&mut self, data: &mut Data) -> Result<Spent> {
         let posts = self.posts;
-        let hand = Hand::new(self.outline, data);
         self.group.room(self.header)?;
-        let mut words = [0; WORDS];
-        words[0] = match self.math.reduce {
-            ReduceOp::PreMulSum(factor) => factor.to_bits(),
-            _ => 1f64.to_bits(),
-        };
-        let elems = self.outline.lengths.0;
+        let mut words = [1f64.to_bits(), 0, 0, 0, 0, 0];
+        if let ReduceOp::PreMulSum(factor) = self.math.reduce {
+            words[0] = factor.to_bits();
+        }
         let mut post = 0;
-        let mut parts = [0..0, 0..elems];
+        // In place, what this rank keeps is overwritten before all of it was folded.
+        let parts = match data {
+            Data::Out { .. } => &posts.foreign[..],
+            _ => &posts.whole[..],
+        };
         if posts.is_inline {
-            let mut filled = 0;
             let target = bytemuck::cast_slice_mut::<u64, u8>(&mut words[1..]);
-            hand.read(data, 0..elems, |slab, range| {
-                let part = slab.bytes_of(&range);
-                target[filled..filled + part.len()].copy_from_slice(part);
-                filled += part.len();
-                Ok(())
-            })?;
+            self.input(data, &posts.whole[0], |skip, bytes| {
+                target[skip..skip + bytes.len()].copy_from_slice(bytes);
+            });
         } else {
             post = self.group.next_post();
-            if let Data::Out { .. } = data {
-                parts = [0..posts.own.start, posts.own.end..elems]; // in place, the rest is overwritten
-            }
-            for part in parts.iter().filter(|part| !part.is_empty()) {
-                self.post(post, part, &hand, data)?;
+            let own = self.group.own().mapping();
+            for part in parts {
+                self.input(data, part, |skip, bytes| own.post(post, skip, bytes));
             }
         }
         let print = self.group.come(self.header, &words);
+        self.group.enter(&self.header.stamp); // as late as this: others wait for the step, and nobody for this
         let reduces = self.math.stamp.reduce != ReduceCode::None;
         if !reduces {
             // What this rank keeps need not wait for anybody.
             for work in posts.works.iter().filter(|work| work.peers == 0) {
-                self.keep(work, &hand, data)?;
+                self.keep(work, data);
             }
         }
         self.group.wait(self.header, print, posts.needs)?;
+        for work in &posts.works {
+            if reduces {
+                self.fold(work, post, data)?;
+            } else if work.peers > 0 {
+                self.fetch(work, post, data);
+            }
+        }
+        if !posts.is_inline {
+            let own = self.group.own().mapping();
+            for part in parts {
+                own.expect(post.wrapping_add(1), part.clone()); // calls like to repeat
+            }
+        }
+        Ok(posts.spent)
+    }
+
+    /// Go over these bytes of this rank's input, in order: how many came before, and bytes.
+    #[inline(always)]
+    fn input(&self, data: &Data, part: &Range<usize>, mut each: impl FnMut(usize, &[u8])) {
+        let start = self.posts.starts_bytes.0;
+        match data {
+            _ if part.is_empty() => {}
+            Data::None => {}
+            Data::Out { from, .. } => each(part.start, &from.as_bytes()[part.clone()]),
+            Data::InPlace(slab) => {
+                let bytes = &slab.as_bytes()[start + part.start..start + part.end];
+                each(part.start, bytes);
+            }
+            Data::Many(slabs) => {
+                let mut skip = 0;
+                for slab in slabs {
+                    each(skip, slab.as_bytes()); // many are one vector, of which every rank has the whole
+                    skip += slab.bytes();
+                }
+            }
+        }
+    }
+
+    /// Go over the output of a work, in order: slabs, elements of each, and how many came before.
+    #[inline(always)]
+    fn output(
+        &self,
+        data: &mut Data,
+        work: &Work,
+        mut each: impl FnMut(&mut Slab, Range<usize>, usize) -> Result<()>,
+    ) -> Result<()> {
+        let start = match data {
+            Data::InPlace(_) => self.outline.starts.1 + work.start,
+            _ => work.start,
+        };
+        match data {
+            Data::None => Ok(()),
+            Data::InPlace(slab) | Data::Out { into: slab, .. } => {
+                each(slab, start..start + work.elems, 0)
+            }
+            Data::Many(slabs) => {
+                let mut before = 0;
+                slabs.iter_mut().try_for_each(|slab| {
+                    let (skip, numel) = (before, slab.numel());
+                    before += numel;
+                    each(slab, 0..numel, skip)
+                })
+            }
+        }
+    }
+
+    /// The output of a work whose only source is this rank's own input. In place, the elements are where they belong.
+    #[inline(always)]
+    fn keep(&self, work: &Work, data: &mut Data) {
+        if let Data::Out { from, into } = data {
+            let output = work.start_bytes..work.start_bytes + work.bytes;
+            let input = work.skip_bytes..work.skip_bytes + work.bytes;
+            into.as_bytes_mut()[output].copy_from_slice(&from.as_bytes()[input]);
+        }
+    }
+
+    /// The output of a work whose only source is a peer's input.
+    #[inline(always)]
+    fn fetch(&self, work: &Work, post: u32, data: &mut Data) {
+        let take = |skip: usize, target: &mut [u8]| match self.posts.is_inline {
+            true => {
+                let words = self.inline(work.sources.start);
+                target.copy_from_slice(&words[skip..skip + target.len()]);
+            }
+            false => {
+                let memory = self.group.memory(work.sources.start);
+                memory.take(post, skip, target);
+            }
+        };
+        let start = match data {
+            Data::InPlace(_) => self.posts.starts_bytes.1 + work.start_bytes,
+            _ => work.start_bytes,
+        };
+        match data {
+            Data::None => {}
+            Data::InPlace(slab) | Data::Out { into: slab, .. } => take(
+                work.skip_bytes,
+                &mut slab.as_bytes_mut()[start..start + work.bytes],
+            ),
+            Data::Many(slabs) => {
+                let mut skip = 0;
+                for slab in slabs {
+                    take(skip, slab.as_bytes_mut());
+                    skip += slab.bytes();
+                }
+            }
+        }
+    }
+
+    /// The output of a work that folds what several have posted.
+    fn fold(&mut self, work: &Work, post: u32, data: &mut Data) -> Result<()> {
         if let ReduceOp::PreMulSum(_) = self.math.reduce {
             let words = self.group.words().iter();
             self.factors.clear();
             (self.factors).extend(words.map(|words| f64::from_bits(words[0])));
         }
-        let mut spent = Spent {
-            collectives: 1,
-            ..Spent::default()
-        };
-        for work in &posts.works {
-            let bytes = work.peers * work.elems * self.math.stamp.dtype.size();
-            spent.bytes += bytes as u64;
-            spent.messages += u64::from(work.peers > 0);
-            if reduces {
-                self.fold(work, post, &hand, data)?;
-            } else if work.peers > 0 {
-                self.fetch(work, post, &hand, data)?;
-            }
-        }
-        if !posts.is_inline {
-            let (own, size) = (self.group.own().mapping(), self.math.stamp.dtype.size());
-            for part in parts.iter().filter(|part| !part.is_empty()) {
-                // Calls like to repeat.
-                own.expect(post.wrapping_add(1), part.start * size..part.end * size);
-            }
-        }
-        Ok(spent)
-    }
-
-    /// Leave a copy of elements of this rank's input where peers find it.
-    fn post(&self, post: u32, part: &Range<usize>, hand: &Hand, data: &Data) -> Result<()> {
-        let own = self.group.own().mapping();
-        let mut skip = part.start * self.math.stamp.dtype.size();
-        hand.read(data, part.clone(), |slab, range| {
-            let bytes = slab.bytes_of(&range);
-            own.post(post, skip, bytes);
-            skip += bytes.len();
-            Ok(())
-        })
-    }
-
-    /// The output of a work whose only source is this rank's own input.
-    fn keep(&self, work: &Work, hand: &Hand, data: &mut Data) -> Result<()> {
-        let Data::Out { from, into } = data else {
-            return Ok(()); // in place, the elements are where they belong
-        };
-        let skip = work.skip_bytes / from.dtype().size();
-        let (input, output) = (hand.input.start + skip, hand.output.start + work.start);
-        kernels::cast(
-            from.part(input..input + work.elems),
-            into.part_mut(output..output + work.elems),
-        )
-        .map_err(self.refused())
-    }
-
-    /// The output of a work whose only source is a peer's input.
-    fn fetch(&self, work: &Work, post: u32, hand: &Hand, data: &mut Data) -> Result<()> {
-        let peer = work.sources.start;
-        let elems = work.start..work.start + work.elems;
-        hand.write(data, elems, |slab, part, before| {
-            let skip = work.skip_bytes + before * slab.dtype().size();
-            let target = slab.bytes_of_mut(&part);
-            match self.posts.is_inline {
-                true => target.copy_from_slice(&self.inline(peer)[skip..skip + target.len()]),
-                false => self.group.memory(peer).take(post, skip, target),
-            }
-            Ok(())
-        })
-    }
-
-    /// The output of a work that folds what several have posted.
-    fn fold(&self, work: &Work, post: u32, hand: &Hand, data: &mut Data) -> Result<()> {
-        let elems = work.start..work.start + work.elems;
         if let Data::Out { from, into } = data {
-            let skip = hand.input.start + work.skip_bytes / from.dtype().size();
+            let skip = work.skip_bytes / from.dtype().size();
             let own = from.part(skip..skip + work.elems);
-            let output = hand.output.start;
-            let target = into.part_mut(output + elems.start..output + elems.end);
+            let target = into.part_mut(work.start..work.start + work.elems);
             return self.fold_into(work, post, work.skip_bytes, Some(own), target);
         }
-        hand.write(data, elems, |slab, part, before| {
+        self.output(data, work, |slab, part, before| {
             let skip_bytes = work.skip_bytes + before * slab.dtype().size();
             self.fold_into(work, post, skip_bytes, None, slab.part_mut(part))
         })
     }
 
     /// `own`: this rank's source, where it still lies with the caller.
-    #[inline]
+    #[inline(always)]
     fn fold_into(
         &self,
         work: &Work,
@@ -206,7 +245,7 @@ impl Posting<'_> {
             }
             _ => self.combiner.run(sources, targets, Store::Cached),
         };
-        done.map_err(self.refused())
+        done.map_err(|error| self.refused(error))
     }
 
     /// What a rank has posted in its flag's cache line.
@@ -214,7 +253,8 @@ impl Posting<'_> {
         bytemuck::cast_slice(&self.group.words()[rank][1..])
     }
 
-    fn refused(&self) -> impl FnOnce(KernelError) -> Error + use<> {
-        Error::kernel(self.math.rank, *self.math.stamp)
+    #[cold]
+    fn refused(&self, error: KernelError) -> Error {
+        Error::kernel(self.math.rank, *self.math.stamp)(error)
     }
 }

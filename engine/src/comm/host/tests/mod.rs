@@ -112,7 +112,11 @@ fn two_shared_ranks_that_meet_in_different_operations_both_diverge() {
         let shape = check_shapes(host.rank(), 2, &call, &data).unwrap();
         let deadline = host.shared.options.clock.now() + Duration::from_secs(10);
         let mut executor = host.shared.executor.lock().unwrap();
-        let result = executor.run(&stamp(0, &call, shape), &call, &mut data, deadline);
+        let begun = Begun {
+            stamp: stamp(0, &call, shape),
+            kind: 1,
+        };
+        let result = executor.run(&begun, &call, &mut data, deadline, &host.shared.ledger);
         result.unwrap_err()
     });
     for (rank, error) in errors.iter().enumerate() {
