@@ -15,6 +15,7 @@ mod calls;
 mod wires;
 
 use super::*;
+use crate::wire::ledger::Ledger;
 use crate::{
     comm::{Collectives, Label, Op, ReduceOp},
     rendezvous::{Options as Join, Secret},
