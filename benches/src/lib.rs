@@ -1,5 +1,7 @@
-//! What the benchmarks share: ranks as threads that have joined one job, and the program `coll`.
+//! What the benchmarks share: ranks as threads that have joined one job, models without anybody behind them, other programs
+//! run beside, and the program `coll`.
 
+pub mod beside;
 pub mod coll;
 
 use std::{
@@ -7,8 +9,10 @@ use std::{
     sync::{Arc, Mutex},
 };
 
+use fabric::model::{Edge, Events, Keep, ParamId, UnitId};
 use fabric_engine::{
     Result,
+    buffer::Buffer,
     rendezvous::{Member, Options, Secret},
 };
 
@@ -37,4 +41,17 @@ pub fn ranks<T: Send>(
             Ok(body(&Arc::new(member))?)
         })?;
     Ok(values.swap_remove(0))
+}
+
+/// Somebody who takes gradients and does nothing with them.
+pub struct Nobody;
+
+impl Events for Nobody {
+    fn ready(&self, _: ParamId, _: &dyn Buffer) -> Result<Keep> {
+        Ok(Keep::Drop)
+    }
+
+    fn unit(&self, _: UnitId, _: Edge) -> Result<()> {
+        Ok(())
+    }
 }

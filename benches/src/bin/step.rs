@@ -7,7 +7,7 @@
 
 use std::{
     fs,
-    process::{Command, Stdio},
+    process::Command,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -17,12 +17,13 @@ use std::{
 
 use clap::Parser;
 use fabric::{
-    Error, Fabric, Result,
-    engine::{buffer::Buffer, clock::Clock, kernels, shard::plan::Options},
-    model::{Backward, Edge, Events, Keep, Model, ParamId, UnitId},
+    Fabric, Result,
+    engine::{clock::Clock, kernels, shard::plan::Options},
+    model::{Backward, Model, ParamId},
     optim::AdamW,
     vec::{Block, Chain, Dense, Link, VecModel},
 };
+use fabric_benches::{Nobody, beside};
 use serde::{Deserialize, Serialize};
 
 const BLOCKS: usize = 16;
@@ -86,36 +87,18 @@ fn all(args: &Args) -> Result<()> {
             command.args(["--row", row, "--ranks", &ranks, "--steps", &steps]);
             command.args(["--bucket-mib", &bucket_mib]);
             // Otherwise the system's allocator keeps what was freed.
-            lines.extend(run(
-                command.env("MALLOC_MMAP_THRESHOLD_", (1 << 20).to_string())
-            )?);
+            command.env("MALLOC_MMAP_THRESHOLD_", (1 << 20).to_string());
+            lines.extend(beside::run(&mut command)?);
         }
         if let Some(python) = &args.torch {
             eprintln!("round {round}: torch ...");
-            let script = concat!(env!("CARGO_MANIFEST_DIR"), "/peers/step.py");
-            lines.extend(run(Command::new(python).args([script, &ranks, &steps]))?);
+            let mut command = beside::script(python, "step.py", &[&ranks, &steps]);
+            lines.extend(beside::run(&mut command)?);
         }
     }
     lines.sort_by(|a, b| a.step_s.total_cmp(&b.step_s)); // the table takes the first that it finds
     table(&lines);
     Ok(())
-}
-
-fn run(command: &mut Command) -> Result<Vec<Line>> {
-    let output = command.stderr(Stdio::inherit()).output()?;
-    if !output.status.success() {
-        return Err(Error::argument(
-            format!("{:?} ended with {}", command.get_program(), output.status),
-            "Look at what it printed above; torch's side needs `pip install torch`",
-        ));
-    }
-    let text = String::from_utf8_lossy(&output.stdout);
-    let lines = text.lines().filter(|line| line.starts_with('{'));
-    lines
-        .map(|line| {
-            serde_json::from_str(line).map_err(|error| Error::new(format!("{line}: {error}")))
-        })
-        .collect()
 }
 
 fn table(lines: &[Line]) {
@@ -224,18 +207,6 @@ fn chain(model: &VecModel, peak: &Arc<AtomicU64>) -> Result<Chain<f32>> {
     Ok(Chain::new(links.collect::<Result<_, _>>()?))
 }
 
-/// Somebody who takes gradients and does nothing with them.
-struct Nobody;
-
-impl Events for Nobody {
-    fn ready(&self, _: ParamId, _: &dyn Buffer) -> fabric::engine::Result<Keep> {
-        Ok(Keep::Drop)
-    }
-    fn unit(&self, _: UnitId, _: Edge) -> fabric::engine::Result<()> {
-        Ok(())
-    }
-}
-
 fn one(row: &str, args: &Args) -> Result<()> {
     let strategy = if row == "compute" { "ddp" } else { row };
     let (steps, options) = (
@@ -274,8 +245,7 @@ fn compute(fabric: &Fabric, steps: usize) -> Result<()> {
         laps.middle();
         laps.end();
     }
-    laps.report(fabric, "compute", 0.0);
-    Ok(())
+    laps.report(fabric, "compute", 0.0)
 }
 
 fn train(fabric: &Fabric, row: &str, steps: usize) -> Result<()> {
@@ -297,8 +267,7 @@ fn train(fabric: &Fabric, row: &str, steps: usize) -> Result<()> {
         peak.fetch_max(anonymous_bytes(), Ordering::Relaxed);
     }
     let own = peak.load(Ordering::Relaxed).saturating_sub(before);
-    laps.report(fabric, row, (own + model.shared_bytes()) as f64);
-    Ok(())
+    laps.report(fabric, row, (own + model.shared_bytes()) as f64)
 }
 
 /// AdamW on one thread.
@@ -317,8 +286,7 @@ fn adamw(steps: usize) -> Result<()> {
             laps.middle();
             laps.end();
         }
-        laps.report(fabric, "adamw", 0.0);
-        Ok(())
+        laps.report(fabric, "adamw", 0.0)
     });
     outcome.map(drop)
 }
@@ -336,8 +304,7 @@ fn copy(steps: usize) -> Result<()> {
             laps.middle();
             laps.end();
         }
-        laps.report(fabric, "copy", 0.0);
-        Ok(())
+        laps.report(fabric, "copy", 0.0)
     });
     outcome.map(drop)
 }
@@ -371,9 +338,9 @@ impl Laps {
         self.updates.push(now - self.halfway);
     }
 
-    fn report(mut self, fabric: &Fabric, row: &str, peak_bytes: f64) {
+    fn report(mut self, fabric: &Fabric, row: &str, peak_bytes: f64) -> Result<()> {
         if !fabric.is_global_zero() {
-            return;
+            return Ok(());
         }
         let median = |laps: &mut Vec<Duration>| {
             laps.drain(..WARM_UP);
@@ -388,9 +355,6 @@ impl Laps {
             update_s: median(&mut self.updates),
             peak_bytes,
         };
-        println!(
-            "{}",
-            serde_json::to_string(&line).expect("numbers and names")
-        );
+        beside::print(&line)
     }
 }
