@@ -69,9 +69,9 @@ pub struct Tuning {
 /// meet so quickly that what a post costs (everybody loads everything) soon outweighs a second meeting; with more ranks than
 /// cores a meeting costs microseconds.
 const DEFAULTS: &str = "\
-all_reduce shm 2 2048 post
+all_reduce shm 2 8192 post
 all_reduce shm 2 * load
-all_gather shm 2 4096 post
+all_gather shm 2 8192 post
 all_gather shm 2 * load
 * shm * 16384 post
 * shm * * load

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use fabric_kernels::{self as kernels, Fold, Span, SpanMut};
+use fabric_kernels::{self as kernels, Finish, Fold, Span, SpanMut, Store};
 
 use super::{
     plan::BucketPlan,
@@ -13,6 +13,9 @@ use crate::{
     comm::Work,
     error::{Error, Result},
 };
+
+/// A bucket of more bytes has left the caches when it goes: it is packed past them, which spares the memory a third.
+const STREAMED_BYTES: usize = 8 << 20;
 
 /// One bucket at run time.
 pub struct Bucket {
@@ -166,7 +169,19 @@ impl Bucket {
         let filled = self.filled[entry];
         let slab = self.here(rank)?;
         if !filled {
-            return grad.read(0..range.len(), slab.part_mut(range));
+            let is_long = slab.bytes() > STREAMED_BYTES;
+            let plain = grad.span().filter(|span| {
+                let is_on_host = span.device().is_none() && slab.device().is_none();
+                is_long && is_on_host && span.dtype() == slab.dtype()
+            });
+            return match plain {
+                Some(span) => {
+                    let (from, into) = (&[span], &mut [slab.part_mut(range)]);
+                    kernels::combine(Fold::Sum, from, None, Finish::Cast, into, Store::Streaming)
+                        .map_err(Error::kernel(rank, "pack a gradient"))
+                }
+                None => grad.read(0..range.len(), slab.part_mut(range)),
+            };
         }
         if let Some(span) = grad.span() {
             return kernels::fold(Fold::Sum, slab.part_mut(range), span)

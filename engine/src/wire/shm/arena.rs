@@ -35,7 +35,7 @@ pub(crate) const MOST_RANKS: usize = CHANNELS_BYTES / size_of::<Channel>();
 /// Bytes that a rank can post with a step.
 pub(crate) const POST_BYTES: usize = 16 << 10;
 
-const EXPECTED_BYTES: usize = 4 << 10; // of a post, that are fetched before they are needed: as many as cores have in flight
+const EXPECTED_BYTES: usize = 2 << 10; // of a post, that are fetched before they are needed: as many lines as a core waits for at once
 
 const POSTS: u64 = (CHANNELS + CHANNELS_BYTES) as u64;
 
