@@ -68,14 +68,35 @@ impl<const N: usize> Control<N> {
     /// The owner has come to `step`; steps count from 1. It has seen to it that the line is free: [Note: lines].
     /// Whoever publishes owes a [`Control::ring`].
     pub(super) fn publish(&self, step: u32, note: &Note, details: &[u64; DETAILS]) {
-        self.write(step, note, details, Ordering::Release);
+        self.write(
+            step,
+            note.print,
+            Some(&note.words),
+            details,
+            Ordering::Release,
+        );
     }
 
-    fn write(&self, step: u32, note: &Note, details: &[u64; DETAILS], order: Ordering) {
+    /// The same of a step whose words nobody reads: they are whatever was there.
+    pub(super) fn publish_bare(&self, step: u32, print: u64, details: &[u64; DETAILS]) {
+        self.write(step, print, None, details, Ordering::Release);
+    }
+
+    #[inline(always)]
+    fn write(
+        &self,
+        step: u32,
+        print: u64,
+        words: Option<&[u64; WORDS]>,
+        details: &[u64; DETAILS],
+        order: Ordering,
+    ) {
         let line = self.line(step);
-        line.print.store(note.print, Ordering::Relaxed);
-        for (slot, word) in line.words.iter().zip(&note.words) {
-            slot.store(*word, Ordering::Relaxed);
+        line.print.store(print, Ordering::Relaxed);
+        if let Some(words) = words {
+            for (slot, word) in line.words.iter().zip(words) {
+                slot.store(*word, Ordering::Relaxed);
+            }
         }
         for (slot, word) in line.details.iter().zip(details) {
             slot.store(*word, Ordering::Relaxed);
@@ -324,7 +345,13 @@ mod model {
             };
             let control = &ranks[own].control;
             match flaw {
-                Flaw::Relaxed => control.write(step, &note, &[0; DETAILS], Ordering::Relaxed),
+                Flaw::Relaxed => control.write(
+                    step,
+                    note.print,
+                    Some(&note.words),
+                    &[0; DETAILS],
+                    Ordering::Relaxed,
+                ),
                 _ => control.publish(step, &note, &[0; DETAILS]),
             }
             let mut has_rung = false;

@@ -48,9 +48,10 @@ pub(crate) struct Group {
     posts: u32,                        // how many there were: all ranks count alike
     past: u64,                         // the fingerprint of all steps so far
     met: u32,                          // the last step at which this rank saw everybody
-    words: Vec<[u64; WORDS]>,          // of the last step, by rank: of those that were needed
-    pub(super) pending: Vec<usize>,    // peers that are waited for
-    patience: Duration,                // of the operation
+    words: Vec<[u64; WORDS]>, // of the last step with words, by rank: of those that were needed
+    has_words: bool,          // the step to which this rank has come
+    pub(super) pending: Vec<usize>, // peers that are waited for
+    patience: Duration,       // of the operation
     due: Option<(Duration, Duration)>, // since when it waits, and until when: read when it first takes long
     pub(super) sent: Vec<u32>,         // steps of the channels, by peer
     pub(super) received: Vec<u32>,
@@ -78,6 +79,7 @@ impl Group {
             past: SEED,
             met: 0,
             words: vec![[0; WORDS]; size],
+            has_words: false,
             pending: Vec::with_capacity(size),
             patience: Duration::MAX,
             due: None,
@@ -107,7 +109,7 @@ impl Group {
         self.peers[rank].as_ref().unwrap_or(self.own.mapping())
     }
 
-    /// The words of the last step, by rank: of those that were needed.
+    /// The words of the last step that had any, by rank: of those that were needed.
     pub(crate) fn words(&self) -> &[[u64; WORDS]] {
         &self.words
     }
@@ -172,24 +174,27 @@ impl Group {
     /// When a peer is in another operation, has failed, or does not come in time; when the signal is raised.
     pub(crate) fn meet(&mut self, header: &Header, words: [u64; WORDS]) -> Result<()> {
         self.room(header)?;
-        let print = self.come(header, &words);
+        let print = self.come(header, Some(&words));
         self.wait(header, print, Needs::All)
     }
 
-    /// Come to the next step, which has room, with `words`; gives the fingerprint that others must have: of this step and
+    /// Come to the next step, which has room, with `words`, or with none, as all ranks then do; gives the fingerprint that others must have: of this step and
     /// all before it, because there are steps at which not everybody is waited for.
-    pub(crate) fn come(&mut self, header: &Header, words: &[u64; WORDS]) -> u64 {
+    pub(crate) fn come(&mut self, header: &Header, words: Option<&[u64; WORDS]>) -> u64 {
         self.step = self.step.wrapping_add(1);
         let details = header.to_words();
-        self.past = print(self.past, &details);
-        let note = Note {
-            print: self.past,
-            words: *words,
-        };
+        let print = print(self.past, &details);
         let control = self.own.mapping().control();
-        control.publish(self.step, &note, &details);
-        self.words[self.rank] = *words;
-        self.past
+        self.has_words = words.is_some();
+        match words {
+            Some(&words) => {
+                control.publish(self.step, &Note { print, words }, &details);
+                self.words[self.rank] = words;
+            }
+            None => control.publish_bare(self.step, print, &details),
+        }
+        self.past = print;
+        print
     }
 
     /// Wait for those that are needed to come to the step to which this rank has come.
@@ -290,7 +295,9 @@ impl Group {
             return Err(self.parted(peer, header));
         }
         self.vigil.ledger.saw(peer, header.stamp.sequence);
-        self.words[peer] = note.words;
+        if self.has_words {
+            self.words[peer] = note.words;
+        }
         Ok(true)
     }
 

@@ -79,6 +79,8 @@ pub(super) struct Outline {
 pub(super) struct Posts {
     /// The longest input fits a flag's cache line.
     pub(super) is_inline: bool,
+    /// There are elements there.
+    pub(super) has_words: bool,
     /// For whom this rank waits before it loads them.
     pub(super) needs: Needs,
     /// All of this rank's input.
@@ -126,12 +128,15 @@ impl Posts {
             spent.messages += u64::from(work.peers > 0);
             spent.bytes += (work.peers * work.bytes) as u64;
         }
+        let longest_bytes = inputs.max().unwrap_or(0) * dtype.size();
+        let is_inline = longest_bytes <= INLINE_BYTES;
         let (whole, own) = (problem.input(rank).len(), own(problem, rank));
         let bytes = |range: Range<usize>| range.start * dtype.size()..range.end * dtype.size();
         let foreign = [0..own.start, own.end..whole].into_iter();
         let (input, output) = starts(problem, rank, true);
         Self {
-            is_inline: inputs.max().unwrap_or(0) * dtype.size() <= INLINE_BYTES,
+            is_inline,
+            has_words: is_inline && longest_bytes > 0,
             needs: match problem.kind {
                 Kind::Broadcast { root } | Kind::Scatter { root } => Needs::One(root),
                 Kind::Reduce { root } | Kind::Gather { root } if root != rank => Needs::Nobody,

@@ -65,7 +65,9 @@ impl Posting<'_> {
                 self.input(data, part, |skip, bytes| own.post(post, skip, bytes));
             }
         }
-        let print = self.group.come(self.header, &words);
+        let has_words = posts.has_words || matches!(self.math.reduce, ReduceOp::PreMulSum(_));
+        let words = Some(&words).filter(|_| has_words);
+        let print = self.group.come(self.header, words);
         self.group.enter(&self.header.stamp); // as late as this: others wait for the step, and nobody for this
         let reduces = self.math.stamp.reduce != ReduceCode::None;
         if !reduces {
