@@ -20,6 +20,9 @@ const _: () = assert!(
     "a step of any element is whole lines"
 );
 
+/// How far ahead sources are fetched, when several results go past the caches.
+const AHEAD_BYTES: usize = 2 << 10;
+
 /// Elements that are quicker stored one by one than by a call of memcpy.
 const FEW: usize = 8;
 
@@ -51,6 +54,7 @@ where
         }
         assert_eq!(self.into.len(), len);
         let streaming = self.lead.is_some();
+        let fetching = streaming && self.into.count() > 1; // one alone leaves the processor time for it
         let mut start = 0;
         let mut short = self.lead.unwrap_or(0).min(len);
         loop {
@@ -74,6 +78,12 @@ where
             }
             start += short;
             while len - start >= STEP {
+                if fetching {
+                    // Processors fetch ahead within a page only, and shared memory often has small ones.
+                    for from in &self.from {
+                        from.expect(start + AHEAD_BYTES / size_of::<A>(), STEP);
+                    }
+                }
                 let mut results = [MaybeUninit::<B>::uninit(); STEP];
                 for (index, result) in results.iter_mut().enumerate() {
                     // SAFETY: start + STEP <= len. `combine_equals_the_oracle_on_floats` runs every length.

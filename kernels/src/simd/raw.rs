@@ -135,6 +135,14 @@ impl<'a, T: Element> Reader<'a, T> {
         self.len
     }
 
+    /// A hint that the lines from element `index` on, of `count` elements, are soon wanted.
+    #[inline(always)]
+    pub(super) fn expect(&self, index: usize, count: usize) {
+        for line in (0..count).step_by(LINE_BYTES / size_of::<T>()) {
+            super::stream::expect(self.ptr.wrapping_add(index + line).cast());
+        }
+    }
+
     /// Element `index`.
     ///
     /// # Safety
@@ -234,6 +242,12 @@ impl<'t, 'a, T: Element> Writers<'t, 'a, T> {
     #[inline(always)]
     pub(super) fn len(&self) -> usize {
         self.len
+    }
+
+    /// How many spans.
+    #[inline(always)]
+    pub(super) fn count(&self) -> usize {
+        self.spans.len()
     }
 
     /// Replaces the elements from `start` on, in every span.
