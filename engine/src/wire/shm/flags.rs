@@ -5,8 +5,9 @@
 //! [Note: lines] Step k is published in line k mod LINES, the note first, then the step's number with release order, so
 //! that a reader that sees the number sees the note, and all that was written before it. A line is used again only when
 //! nobody can still need it: a rank publishes step k only once every peer has published k - LINES + 1 ([`Control::reached`]),
-//! which a peer does only after it has done with what others published at k - LINES. What is posted beside the lines, in
-//! as many slots, is kept by the same rule. Numbers may wrap around, because two ranks are never LINES steps apart.
+//! which a peer does only after it has done with what others published at k - LINES. What is posted beside the lines has
+//! as many slots and is numbered apart, at most one number a step, so that the same rule keeps it. Numbers may wrap around,
+//! because two ranks are never LINES steps apart.
 //!
 //! [Note: one cache line] What everybody reads of a line (step, fingerprint, a few words) fits 64 bytes, so that one
 //! transfer between cores brings it, small payloads included. What is only read to explain a disagreement lies beyond.

@@ -178,8 +178,8 @@ impl Group {
         self.wait(header, print, Needs::All)
     }
 
-    /// Come to the next step, which has room, with `words`, or with none, as all ranks then do; gives the fingerprint that others must have: of this step and
-    /// all before it, because there are steps at which not everybody is waited for.
+    /// Come to the next step, which has room, with `words`, or with none, as all ranks then do; gives the fingerprint that others
+    /// must have: of this step and all before it, because there are steps at which not everybody is waited for.
     pub(crate) fn come(&mut self, header: &Header, words: Option<&[u64; WORDS]>) -> u64 {
         self.step = self.step.wrapping_add(1);
         let details = header.to_words();
