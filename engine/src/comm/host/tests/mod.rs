@@ -12,6 +12,7 @@ use fabric_kernels::Dtype;
 
 mod agree;
 mod calls;
+mod small;
 mod wires;
 
 use super::*;
