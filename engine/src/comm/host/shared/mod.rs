@@ -78,7 +78,7 @@ impl SharedMemory {
         self.group.size()
     }
 
-    /// Do `call`, in at most `patience`; also says what it cost, as it was counted on the way.
+    /// Do `call`, in at most `patience`; also says what it cost: of small calls as their outline has it, of others as counted on the way.
     pub(super) fn run(
         &mut self,
         begun: &Begun,
