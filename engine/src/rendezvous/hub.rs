@@ -25,7 +25,7 @@ use crate::{
 };
 
 const NAP: Duration = Duration::from_millis(100);
-const INQUEST: Duration = Duration::from_millis(300); // how long survivors have to say what they saw
+const INQUEST: Duration = Duration::from_millis(300); // how long all have to say what they saw, or why they ended
 const FLUSH: Duration = Duration::from_secs(1); // how long the last words may take
 
 /// The running thread; dropping it stops the hub after its last words are out.
@@ -139,7 +139,9 @@ impl Room {
                 .lines()
                 .filter(|(rank, _)| *rank != inquest.peer)
                 .count();
-            inquest.answers.len() >= living
+            // Whoever is still there may be about to say itself why it ended.
+            let is_there = matches!(self.seats[inquest.peer], Seat::Here { .. });
+            (inquest.answers.len() >= living && !is_there)
                 || self.clock.now().saturating_sub(inquest.since) > INQUEST
         });
         if done {
