@@ -4,7 +4,7 @@
 use fabric_kernels::{self as kernels, Finish, Fold, KernelError, Span, SpanMut};
 
 use super::super::ReduceOp;
-use crate::wire::frame::Stamp;
+use crate::wire::frame::{ReduceCode, Stamp};
 
 /// What the arithmetic of one call needs to know.
 pub(super) struct Math<'a> {
@@ -31,6 +31,11 @@ impl Math<'_> {
 }
 
 impl Math<'_> {
+    /// Elements of several ranks meet.
+    pub(super) fn reduces(&self) -> bool {
+        self.stamp.reduce != ReduceCode::None
+    }
+
     /// The same for [`kernels::combine`] of so many leaves. One alone is the answer as it is.
     pub(super) fn finishing(&self, leaves: usize) -> Finish {
         match self.finish() {

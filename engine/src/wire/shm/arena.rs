@@ -39,16 +39,18 @@ const EXPECTED_BYTES: usize = 2 << 10; // of a post, that are fetched before the
 
 const POSTS: u64 = (CHANNELS + CHANNELS_BYTES) as u64;
 
-/// Bytes of each of the two stages: about as much as a core's nearest large cache keeps beside other work.
+/// Bytes of a stage: about as much as a core's nearest large cache keeps beside other work.
 pub(crate) const STAGE_BYTES: usize = 256 << 10;
 
-/// Where the stage that peers load from lies in every arena.
-pub(crate) const STAGE_IN: u64 = POSTS + (LINES * POST_BYTES) as u64;
+/// Where the stages of collectives lie in every arena, which take turns.
+pub(crate) const STAGES: [u64; 2] = [STAGE, STAGE + STAGE_BYTES as u64];
 
-/// Where the stage that peers store to lies in every arena.
-pub(crate) const STAGE_OUT: u64 = STAGE_IN + STAGE_BYTES as u64;
+/// Where the stage of messages lies, which peers may need while others still load from the last collective's.
+pub(crate) const SENT: u64 = STAGES[1] + STAGE_BYTES as u64;
 
-const HEAP: usize = STAGE_OUT as usize + STAGE_BYTES;
+const STAGE: u64 = POSTS + (LINES * POST_BYTES) as u64;
+
+const HEAP: usize = SENT as usize + STAGE_BYTES;
 const SMALLEST: usize = HEAP + (1 << 20); // an arena of less is of no use
 
 const _: () = assert!(size_of::<Control>() <= PAGE_BYTES);
@@ -395,8 +397,8 @@ mod tests {
         let end = arena.mapping().bytes() as u64;
         assert!(holds(POSTS, 1) && holds(end - 8, 1) && holds(end, 0));
         assert!(!holds(0, 1), "the flags are nobody's buffer");
-        assert!(!holds(end - 8, 2) && !holds(end + 8, 0) && !holds(STAGE_IN + 4, 1));
-        assert!(!holds(u64::MAX - 7, 1) && !holds(STAGE_IN, usize::MAX));
+        assert!(!holds(end - 8, 2) && !holds(end + 8, 0) && !holds(STAGE + 4, 1));
+        assert!(!holds(u64::MAX - 7, 1) && !holds(STAGE, usize::MAX));
         assert_eq!(arena.place(8, 8), None);
     }
 

@@ -4,7 +4,7 @@
 use fabric_kernels::{self as kernels, Dtype, Span, SpanMut};
 
 use super::{
-    Group, STAGE_BYTES, STAGE_IN,
+    Group, SENT, STAGE_BYTES,
     flags::{Note, WORDS},
     group::{SEED, print},
 };
@@ -110,12 +110,12 @@ impl Group {
             Some(at) => (at, left),
             None => {
                 let bytes = left.min(STAGE_BYTES);
-                let stage = self.own().mapping().span_mut(STAGE_IN, Dtype::U8, bytes);
+                let stage = self.own().mapping().span_mut(SENT, Dtype::U8, bytes);
                 copy(
                     Span::of(&slab.as_bytes()[way.done..way.done + bytes]),
                     stage,
                 );
-                (STAGE_IN, bytes)
+                (SENT, bytes)
             }
         };
         let details = header(stamp, way.total).to_words();

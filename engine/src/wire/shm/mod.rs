@@ -28,7 +28,7 @@ mod space;
 mod sync;
 mod wait;
 
-pub(crate) use arena::{Arena, MOST_RANKS, Mapping, POST_BYTES, STAGE_BYTES, STAGE_IN, STAGE_OUT};
+pub(crate) use arena::{Arena, MOST_RANKS, Mapping, POST_BYTES, SENT, STAGE_BYTES, STAGES};
 pub(crate) use channel::Letter;
 pub(crate) use flags::WORDS;
 pub(crate) use group::{Group, Needs, PRIVATE};

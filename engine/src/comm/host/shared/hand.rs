@@ -12,7 +12,7 @@ use super::{
 use crate::{
     buffer::Slab,
     error::Result,
-    wire::shm::{Group, PRIVATE, STAGE_IN},
+    wire::shm::{Group, PRIVATE, STAGES},
 };
 
 /// Where this rank's input and output lie in the caller's slabs.
@@ -44,7 +44,7 @@ impl Hand {
     pub(super) fn announce(&self, group: &Group, data: &Data) -> Place {
         let place = |slab: Option<&Slab>, range: &Range<usize>| {
             if range.is_empty() {
-                return STAGE_IN; // no elements: any place will do
+                return STAGES[0]; // no elements: any place will do
             }
             let Some(slab) = slab else { return PRIVATE };
             let size = slab.dtype().size();

@@ -23,7 +23,7 @@ use crate::{
     schedule::choose::Tuning,
     wire::{
         frame::{Header, Stamp},
-        shm::{Group, Letter},
+        shm::{Group, Letter, PRIVATE},
     },
 };
 use outline::{Key, Outline};
@@ -39,6 +39,7 @@ pub(super) struct SharedMemory {
     last: [Option<Last>; Op::KINDS], // by operation
     factors: Vec<f64>,               // by rank, of the call that runs
     places: Vec<Place>,              // by rank, of the call that runs
+    turn: u32,                       // of the stages: all ranks count alike
     kept: Vec<Data>, // the memory of a call that failed: peers may still store there
 }
 
@@ -56,6 +57,13 @@ struct Place {
     output: u64,
 }
 
+impl Place {
+    /// Peers cannot reach all of it.
+    fn is_private(&self) -> bool {
+        self.input == PRIVATE || self.output == PRIVATE
+    }
+}
+
 impl SharedMemory {
     pub(super) fn new(group: Group, tuning: Tuning) -> Self {
         Self {
@@ -66,6 +74,7 @@ impl SharedMemory {
             last: Default::default(),
             factors: Vec::new(),
             places: Vec::new(),
+            turn: 0,
             kept: Vec::new(),
         }
     }
@@ -95,7 +104,7 @@ impl SharedMemory {
         done
     }
 
-    /// What `run` costs when all buffers are in arenas, from the schedule alone. Through the stages the same elements
+    /// What `run` costs when all buffers are in arenas, from the schedule alone. Through the stages as many elements
     /// cross, but slices are cut in every window, which can shift a few elements from rank to rank, and every window
     /// counts as a message.
     pub(super) fn price(&mut self, call: &Call, dtype: Dtype, numel: usize) -> Spent {
@@ -163,11 +172,10 @@ impl SharedMemory {
         let mut pass = Pass {
             header,
             group: &mut self.group,
-            outlines: &mut self.outlines,
-            tuning: &self.tuning,
             factors: &mut self.factors,
             places: &mut self.places,
             math,
+            turn: &mut self.turn,
             cache_bytes: self.cache_bytes,
             spent: Spent {
                 collectives: 1,

@@ -12,7 +12,7 @@ use super::super::{
     super::{Call, Spent},
     script::starts,
 };
-use super::windows::{Window, few_windows};
+use super::windows::Windows;
 use crate::{
     schedule::{
         self, Algorithm, Kind, Problem, Ranks, Shared,
@@ -33,7 +33,6 @@ pub(super) struct Key {
     pub(super) dtype: Dtype,
     pub(super) numel: usize,
     pub(super) counts: Option<Arc<[usize]>>,
-    pub(super) is_window: bool, // of a longer vector, on the stages
 }
 
 impl Key {
@@ -45,7 +44,6 @@ impl Key {
             dtype,
             numel,
             counts: call.counts.clone(),
-            is_window: false,
         })
     }
 
@@ -70,7 +68,7 @@ pub(super) struct Outline {
     pub(super) lengths: (usize, usize),
     /// Elements in all ranks' inputs and outputs.
     pub(super) touched_elems: usize,
-    windows: OnceLock<Option<Vec<Window>>>, // for private buffers
+    windows: OnceLock<Windows>, // for private buffers
     size: usize,
     rank: usize,
 }
@@ -152,7 +150,7 @@ impl Posts {
 }
 
 /// Elements of a rank's input that no other rank has a use for, in the input's own coordinates.
-fn own(problem: &Problem, rank: usize) -> Range<usize> {
+pub(super) fn own(problem: &Problem, rank: usize) -> Range<usize> {
     let input = problem.input(rank);
     let own = match problem.kind {
         Kind::ReduceScatter => problem.slices[rank].clone(),
@@ -206,7 +204,7 @@ impl Outline {
         let fits = inputs.max().unwrap_or(0) <= POST_BYTES;
         // A barrier is a post of nothing.
         let is_small = algorithm == Algorithm::Post || key.kind == Kind::Barrier;
-        let does_post = is_small && fits && !key.is_window;
+        let does_post = is_small && fits;
         let steps = if does_post {
             schedule::posted(&problem, rank)
         } else {
@@ -227,10 +225,10 @@ impl Outline {
         }
     }
 
-    /// The windows in which private buffers go through the stages, where they are few enough to be kept.
-    pub(super) fn windows(&self, dtype: Dtype) -> Option<&[Window]> {
-        let windows = || few_windows(&self.problem, dtype);
-        self.windows.get_or_init(windows).as_deref()
+    /// The windows in which private buffers go through the stages.
+    pub(super) fn windows(&self, dtype: Dtype) -> &Windows {
+        let windows = || Windows::new(&self.problem, self.rank, dtype);
+        self.windows.get_or_init(windows)
     }
 
     /// What it costs, by the steps.

@@ -10,30 +10,25 @@ use super::{
     super::{
         super::{Data, ReduceOp, Spent},
         math::Math,
-        recent::Recent,
     },
     Place,
     hand::Hand,
-    outline::{Key, Outline, members},
+    outline::{Outline, members},
 };
 use crate::{
     error::{Error, Result},
-    schedule::{Problem, Ranks, Shared, choose::Tuning},
-    wire::{
-        frame::Header,
-        shm::{Group, PRIVATE},
-    },
+    schedule::{Problem, Ranks, Shared},
+    wire::{frame::Header, shm::Group},
 };
 
 /// One call on its way.
 pub(super) struct Pass<'a> {
     pub(super) group: &'a mut Group,
-    pub(super) outlines: &'a mut Recent<Key, Outline>,
-    pub(super) tuning: &'a Tuning,
     pub(super) factors: &'a mut Vec<f64>,  // by rank
     pub(super) places: &'a mut Vec<Place>, // by rank
     pub(super) math: Math<'a>,
     pub(super) header: Header,
+    pub(super) turn: &'a mut u32, // of the stages
     pub(super) cache_bytes: usize,
     pub(super) spent: Spent,
 }
@@ -43,22 +38,23 @@ impl Pass<'_> {
     pub(super) fn go(&mut self, outline: &Outline, data: &mut Data) -> Result<()> {
         let (problem, dtype) = (&outline.problem, self.math.stamp.dtype);
         let own = Hand::new(outline, data).announce(self.group, data);
+        let is_private = own.is_private();
+        if is_private {
+            self.fill(&self.way(outline, data), 0, data)?;
+        }
         let words = [self.factor().to_bits(), own.input, own.output, 0, 0, 0];
         self.meet(words)?;
         self.learn_factors();
-        self.places.clear();
         let words = self.group.words();
-        if words
-            .iter()
-            .any(|words| words[1] == PRIVATE || words[2] == PRIVATE)
-        {
-            return self.windows(outline, data);
-        }
-        let places = words.iter().map(|words| Place {
+        self.places.clear();
+        self.places.extend(words.iter().map(|words| Place {
             input: words[1],
             output: words[2],
-        });
-        self.places.extend(places);
+        }));
+        if self.places.iter().any(Place::is_private) {
+            let have_all = self.places.iter().all(Place::is_private);
+            return self.windows(&self.way(outline, data), data, is_private, have_all);
+        }
         for (peer, place) in self.places.iter().enumerate() {
             let (input, output) = (problem.input(peer).len(), problem.output_elems(peer));
             self.group.admit(peer, place.input, dtype, input)?;
@@ -74,12 +70,7 @@ impl Pass<'_> {
     }
 
     pub(super) fn steps(&mut self, outline: &Outline, steps: &[Shared]) -> Result<()> {
-        let bytes = outline.touched_elems * self.math.stamp.dtype.size();
-        let store = if bytes > self.cache_bytes / 4 * 3 {
-            Store::Streaming
-        } else {
-            Store::Cached
-        };
+        let store = self.store(outline);
         for step in steps {
             match step {
                 Shared::Post => unreachable!("what is posted is not loaded where it lies"),
@@ -94,6 +85,15 @@ impl Pass<'_> {
             }
         }
         Ok(())
+    }
+
+    /// How results are stored, so that those that will be wanted soon stay near.
+    pub(super) fn store(&self, outline: &Outline) -> Store {
+        let bytes = outline.touched_elems * self.math.stamp.dtype.size();
+        match bytes > self.cache_bytes / 4 * 3 {
+            true => Store::Streaming,
+            false => Store::Cached,
+        }
     }
 
     fn load_fold_store(
@@ -155,7 +155,7 @@ impl Pass<'_> {
         }
     }
 
-    fn factors_for(&self, sources: &Range<usize>) -> Option<&[f64]> {
+    pub(super) fn factors_for(&self, sources: &Range<usize>) -> Option<&[f64]> {
         (!self.factors.is_empty()).then(|| &self.factors[sources.clone()])
     }
 

@@ -20,10 +20,7 @@ use super::{
 use crate::{
     buffer::Slab,
     error::{Error, Result},
-    wire::{
-        frame::{Header, ReduceCode},
-        shm::Group,
-    },
+    wire::{frame::Header, shm::Group},
 };
 
 /// One small call on its way.
@@ -69,7 +66,7 @@ impl Posting<'_> {
         let words = Some(&words).filter(|_| has_words);
         let print = self.group.come(self.header, words);
         self.group.enter(&self.header.stamp); // as late as this: others wait for the step, and nobody for this
-        let reduces = self.math.stamp.reduce != ReduceCode::None;
+        let reduces = self.math.reduces();
         if !reduces {
             // What this rank keeps need not wait for anybody.
             for work in posts.works.iter().filter(|work| work.peers == 0) {

@@ -1,190 +1,352 @@
-//! Private buffers: what peers cannot reach goes through stages in the arenas.
+//! Private buffers: what peers cannot reach goes through stages in the arenas, a window at a time.
 //!
 //! With the first meeting every rank announces where its buffers lie, or that they are private; when any rank's are, all
-//! ranks run the same schedule window by window on the stages instead, and copy in before and out after. Elements are
-//! folded alone, so the bits are the same. A window ends with the schedule's last meeting: nobody then still loads from a
-//! stage, and what peers have stored in ours stays until they store the next window, which is after the meeting to which we
-//! come only once we have copied out.
+//! ranks take this way. In a window each stages what others want of its input, all meet, and each fetches what it wants from
+//! the others' stages, into the caller's memory at once. Of a vector that all hold, and more than two ranks fold, each
+//! first folds its own slice onto a stage, and they meet again. Elements are folded alone, so the bits are the same.
+//!
+//! [Note: two stages] There are two stages, which are written in turns, with a meeting after each. Who writes a stage has
+//! been to the meeting that followed the writing of the other; whoever came there had done with what was here before. This
+//! holds from one call to the next, so that who is private can fill a stage before the first meeting.
 
-use std::{ops::Range, sync::Arc};
+use std::ops::Range;
 
-use fabric_kernels as kernels;
+use fabric_kernels::{self as kernels, Dtype, Finish, Span, SpanMut, Store};
+use smallvec::SmallVec;
 
 use super::{
     super::super::Data,
-    Place,
     hand::Hand,
-    outline::{Key, Outline},
+    outline::{Outline, members, own},
     pass::Pass,
 };
 use crate::{
     error::Result,
-    schedule::{Kind, Problem},
-    wire::shm::{STAGE_BYTES, STAGE_IN, STAGE_OUT},
+    schedule::{self, Kind, Problem, Shared},
+    wire::shm::{STAGE_BYTES, STAGES},
 };
 
-impl Pass<'_> {
-    pub(super) fn windows(&mut self, outline: &Outline, data: &mut Data) -> Result<()> {
-        let (problem, size) = (&outline.problem, self.math.size);
-        let hand = Hand::new(outline, data);
-        let stages = Place {
-            input: STAGE_IN,
-            output: STAGE_OUT,
+const LINE_ELEMS: usize = 64; // of one byte
+
+/// How a problem goes through the stages.
+pub(super) struct Windows {
+    /// How many.
+    count: usize,
+    /// Elements of each part in a window.
+    width: usize,
+    /// What others load of this rank's input, in its own coordinates: each has its place on the stage.
+    parts: Vec<Part>,
+    /// What this rank's output is made of.
+    works: Vec<Work>,
+    /// All hold the whole vector, and each folds a slice of every window for all; has it an output?
+    split: Option<bool>,
+}
+
+/// A part of this rank's input.
+struct Part {
+    slot: usize,
+    range: Range<usize>,
+    /// Only this rank has a use for it.
+    is_own: bool,
+}
+
+/// A part of this rank's output.
+struct Work {
+    /// Whose elements are folded.
+    sources: Range<usize>,
+    /// Where on their stages they lie.
+    slot: usize,
+    /// Where in this rank's input they start, if it is one of the sources.
+    input: Option<usize>,
+    /// Where in its output.
+    output: usize,
+    elems: usize,
+}
+
+impl Windows {
+    pub(super) fn new(problem: &Problem, rank: usize, dtype: Dtype) -> Self {
+        let slots = match problem.kind {
+            Kind::ReduceScatter | Kind::Scatter { .. } | Kind::AllToAll => problem.world,
+            _ => 1,
         };
-        self.places.resize(size, stages);
-        let (tuning, rank, dtype) = (self.tuning, self.math.rank, self.math.stamp.dtype);
-        let make = |key: &Key| Outline::new(key, tuning, size, rank);
-        if let Some(windows) = outline.windows(dtype) {
-            for window in windows {
-                let small = self.outlines.get(window.key.clone(), make);
-                self.window(problem, window, &small, &hand, data)?;
-            }
-            return Ok(());
+        let parts_of = (0..problem.world).flat_map(|rank| parts(problem, rank));
+        let longest = parts_of.map(|part| part.len()).max().unwrap_or(0);
+        // At least two, where they are not too short, so that one rank fetches while another fills.
+        let bytes = longest * dtype.size() * slots / 2;
+        let bytes = bytes.clamp(STAGE_BYTES / 8, STAGE_BYTES);
+        let width = bytes / dtype.size() / slots;
+        let width = match width / LINE_ELEMS * LINE_ELEMS {
+            0 => width,
+            lines => lines,
+        };
+        let own = own(problem, rank);
+        let split =
+            matches!(problem.kind, Kind::AllReduce | Kind::Reduce { .. } if problem.world > 2);
+        let mine = parts(problem, rank).into_iter().enumerate();
+        let mine = mine.map(|(slot, range)| Part {
+            slot,
+            is_own: !split && own.start <= range.start && range.end <= own.end,
+            range,
+        });
+        let has_output = problem.output_elems(rank) > 0;
+        Self {
+            count: longest.div_ceil(width),
+            width,
+            parts: mine.collect(),
+            works: works(problem, rank),
+            split: split.then_some(has_output),
         }
-        let mut last: Option<(Key, Arc<Outline>)> = None;
-        for window in windows(problem, dtype) {
-            let small = match last.take() {
-                Some((key, small)) if key == window.key => small,
-                _ => Arc::new(make(&window.key)),
-            };
-            self.window(problem, &window, &small, &hand, data)?;
-            last = Some((window.key, small));
+    }
+
+    /// What window `index` has of a part: where it starts there, and how many elements.
+    fn cut(&self, index: usize, elems: usize) -> Range<usize> {
+        let start = (index * self.width).min(elems);
+        start..elems.min(start + self.width)
+    }
+}
+
+/// The parts of a rank's input that go to different ranks, in its own coordinates.
+fn parts(problem: &Problem, rank: usize) -> Vec<Range<usize>> {
+    let input = problem.input(rank);
+    let parts = match problem.kind {
+        Kind::ReduceScatter => problem.slices.clone(),
+        Kind::Scatter { root } if root == rank => problem.slices.clone(),
+        Kind::AllToAll => (0..problem.world)
+            .map(|to| problem.block(rank, to))
+            .collect(),
+        _ => vec![input.clone()],
+    };
+    let parts = parts.into_iter();
+    parts
+        .map(|part| part.start - input.start..part.end - input.start)
+        .collect()
+}
+
+fn works(problem: &Problem, rank: usize) -> Vec<Work> {
+    let mut works = Vec::new();
+    for step in schedule::posted(problem, rank) {
+        let Shared::LoadFoldStore { ranges, from, .. } = step else {
+            continue;
+        };
+        let sources = members(problem, from);
+        for range in ranges {
+            let place = |rank: usize| range.start - problem.input(rank).start;
+            let skip = place(sources.start); // where many are folded, all inputs are whole
+            let slot = parts(problem, sources.start)
+                .iter()
+                .position(|part| part.contains(&skip));
+            let output = problem.output_index(rank, range.start);
+            works.push(Work {
+                slot: slot.expect("inputs are cut into parts"),
+                input: sources.contains(&rank).then(|| place(rank)),
+                output: output.expect("the checker proves that outputs hold what is stored"),
+                elems: range.len(),
+                sources: sources.clone(),
+            });
+        }
+    }
+    works
+}
+
+/// The way of one call through its windows.
+pub(super) struct Way<'a> {
+    windows: &'a Windows,
+    hand: Hand,
+    store: Store, // of outputs
+}
+
+impl Pass<'_> {
+    pub(super) fn way<'a>(&self, outline: &'a Outline, data: &Data) -> Way<'a> {
+        Way {
+            windows: outline.windows(self.math.stamp.dtype),
+            hand: Hand::new(outline, data),
+            store: self.store(outline),
+        }
+    }
+
+    /// Do all windows. `has_begun`: this rank has filled its stage for the first; `have_all`: so have all.
+    pub(super) fn windows(
+        &mut self,
+        way: &Way,
+        data: &mut Data,
+        has_begun: bool,
+        have_all: bool,
+    ) -> Result<()> {
+        for index in 0..way.windows.count {
+            if index > 0 || !has_begun {
+                self.fill(way, index, data)?;
+            }
+            if index > 0 || !have_all {
+                self.meet([0; 6])?;
+            }
+            match way.windows.split {
+                Some(has_output) => self.split(way, index, has_output, data)?,
+                None => self.fetch(way, index, data)?,
+            }
+            *self.turn = self.turn.wrapping_add(1);
         }
         Ok(())
     }
 
-    fn window(
-        &mut self,
-        whole: &Problem,
-        window: &Window,
-        small: &Outline,
-        hand: &Hand,
-        data: &mut Data,
-    ) -> Result<()> {
-        self.copy_in(whole, &small.problem, window, hand, data)?;
-        self.steps(small, &small.steps)?;
-        self.copy_out(whole, &small.problem, window, hand, data)
+    /// Stage what others want in a window.
+    pub(super) fn fill(&self, way: &Way, index: usize, data: &Data) -> Result<()> {
+        // In place, what is folded is loaded from the stage, because its place is stored to.
+        let is_apart = matches!(data, Data::Out { .. });
+        let windows = way.windows;
+        for part in &windows.parts {
+            if part.is_own && (is_apart || !self.math.reduces()) {
+                continue;
+            }
+            let cut = windows.cut(index, part.range.len());
+            let own = match windows.split.filter(|_| is_apart) {
+                Some(_) => self.slice(self.math.rank, cut.len()),
+                None => 0..0,
+            };
+            for piece in [0..own.start, own.end..cut.len()] {
+                let mut skip = part.slot * windows.width + piece.start;
+                let start = part.range.start + cut.start;
+                let piece = start + piece.start..start + piece.end;
+                way.hand.read(data, piece, |slab, range| {
+                    let stage = self.stage_mut(*self.turn, skip, range.len());
+                    skip += range.len();
+                    kernels::cast(slab.part(range), stage).map_err(self.refused())
+                })?;
+            }
+        }
+        Ok(())
     }
 
-    fn copy_in(
-        &mut self,
-        whole: &Problem,
-        small: &Problem,
-        window: &Window,
-        hand: &Hand,
-        data: &Data,
-    ) -> Result<()> {
-        let (rank, dtype) = (self.math.rank, self.math.stamp.dtype);
-        let (own, base) = (whole.input(rank), small.input(rank).start);
-        for (large, at) in window.within(&own) {
-            let mut at = STAGE_IN + ((at - base) * dtype.size()) as u64;
-            let part = large.start - own.start..large.end - own.start;
-            hand.read(data, part, |slab, range| {
-                let stage = self.group.own().mapping();
-                let stage = stage.span_mut(at, dtype, range.len());
-                at += (range.len() * dtype.size()) as u64;
-                kernels::cast(slab.part(range), stage).map_err(self.refused())
+    /// A window of this rank's output, from all stages.
+    fn fetch(&mut self, way: &Way, index: usize, data: &mut Data) -> Result<()> {
+        let windows = way.windows;
+        for work in &windows.works {
+            let is_here =
+                work.sources == (self.math.rank..self.math.rank + 1) && self.factors.is_empty();
+            let cut = windows.cut(index, work.elems);
+            if cut.is_empty() || (is_here && !matches!(data, Data::Out { .. })) {
+                continue; // in place, the elements are where they belong
+            }
+            let peers = work.sources.len() - usize::from(work.sources.contains(&self.math.rank));
+            self.spend(peers, cut.len());
+            let skip = work.slot * windows.width;
+            if let Data::Out { from, into } = data {
+                let start = work.input.map(|start| start + cut.start);
+                let own = start.map(|start| from.part(at(&way.hand.input, start, cut.len())));
+                let target =
+                    into.part_mut(at(&way.hand.output, work.output + cut.start, cut.len()));
+                self.join(&work.sources, skip, own, target, way.store)?;
+                continue;
+            }
+            let part = work.output + cut.start..work.output + cut.end;
+            way.hand.write(data, part, |slab, range, before| {
+                let target = slab.part_mut(range);
+                self.join(&work.sources, skip + before, None, target, way.store)
             })?;
         }
         Ok(())
     }
 
-    fn copy_out(
-        &mut self,
-        whole: &Problem,
-        small: &Problem,
-        window: &Window,
-        hand: &Hand,
-        data: &mut Data,
-    ) -> Result<()> {
-        let (rank, dtype) = (self.math.rank, self.math.stamp.dtype);
-        let mut staged = 0;
-        let mut before = 0; // elements of the output before this part
-        debug_assert!(small.output_elems(rank) * dtype.size() <= STAGE_BYTES);
-        for own in whole.outputs(rank) {
-            for (large, _) in window.within(&own) {
-                let start = before + large.start - own.start;
-                let at = STAGE_OUT + (staged * dtype.size()) as u64;
-                staged += large.len();
-                hand.write(data, start..start + large.len(), |slab, range, skip| {
-                    let stage = self.group.own().mapping();
-                    let at = at + (skip * dtype.size()) as u64;
-                    let stage = stage.span(at, dtype, range.len());
-                    kernels::cast(stage, slab.part_mut(range)).map_err(self.refused())
-                })?;
+    /// A window of a vector that all hold: this rank folds its slice of it for all.
+    fn split(&mut self, way: &Way, index: usize, has_output: bool, data: &mut Data) -> Result<()> {
+        let (rank, size) = (self.math.rank, self.math.size);
+        let Some(part) = way.windows.parts.first() else {
+            return Ok(());
+        };
+        let cut = way.windows.cut(index, part.range.len());
+        let slice = self.slice(rank, cut.len());
+        let own = match &*data {
+            Data::Out { from, .. } => {
+                Some(from.part(at(&way.hand.input, cut.start + slice.start, slice.len())))
             }
-            before += own.len();
+            _ => None,
+        };
+        let target = self.stage_mut(self.turn.wrapping_add(1), slice.start, slice.len());
+        self.join(&(0..size), slice.start, own, target, Store::Cached)?;
+        self.spend(size - 1, slice.len());
+        self.meet([0; 6])?;
+        *self.turn = self.turn.wrapping_add(1);
+        if !has_output {
+            return Ok(());
+        }
+        for step in 0..size {
+            let source = (rank + step) % size; // everybody begins with its own, so that not all load from one rank at once
+            let slice = self.slice(source, cut.len());
+            let part = cut.start + slice.start..cut.start + slice.end;
+            way.hand.write(data, part, |slab, range, before| {
+                let staged = self.staged(source, slice.start + before, range.len());
+                let target = &mut [slab.part_mut(range)];
+                kernels::combine(
+                    self.math.reduce.fold(),
+                    &[staged],
+                    None,
+                    Finish::Cast,
+                    target,
+                    way.store,
+                )
+                .map_err(self.refused())
+            })?;
+            self.spent.bytes += self.bytes(if source == rank { 0 } else { slice.len() });
         }
         Ok(())
     }
-}
 
-const KEPT_PIECES: usize = if cfg!(test) { 8 } else { 8 << 10 }; // the tests see both ways
+    /// A rank's slice of a window of so many elements: whole lines, but for the last.
+    fn slice(&self, rank: usize, elems: usize) -> Range<usize> {
+        let width = elems.div_ceil(self.math.size).next_multiple_of(LINE_ELEMS);
+        (rank * width).min(elems)..((rank + 1) * width).min(elems)
+    }
 
-/// Pieces of the full vector, one out of each part, and where each starts in the window's own.
-pub(super) struct Window {
-    pieces: Vec<(Range<usize>, usize)>,
-    key: Key, // of the window as a problem of its own
-}
-
-/// The windows of a problem. They are cut out of each slice where ranks have their own, and out of the vector where all have
-/// the whole.
-fn windows(problem: &Problem, dtype: kernels::Dtype) -> impl ExactSizeIterator<Item = Window> {
-    let (parts, held) = match problem.kind {
-        Kind::AllToAll => (problem.blocks.clone(), problem.world),
-        Kind::ReduceScatter | Kind::AllGather | Kind::Gather { .. } | Kind::Scatter { .. } => {
-            (problem.slices.clone(), problem.world)
-        }
-        _ => (std::iter::once(0..problem.elems()).collect(), 1),
-    };
-    let width = STAGE_BYTES / dtype.size() / held; // of what one rank holds at most
-    let longest = parts.iter().map(ExactSizeIterator::len).max();
-    let starts = (0..longest.unwrap_or(0)).step_by(width);
-    starts.map(move |start| Window::new(problem, dtype, &parts, start, width))
-}
-
-/// The same, to be kept; `None` where there are so many pieces that they are better cut anew each time.
-pub(super) fn few_windows(problem: &Problem, dtype: kernels::Dtype) -> Option<Vec<Window>> {
-    let windows = windows(problem, dtype);
-    let parts = problem.blocks.len().max(problem.world);
-    (windows.len() * parts <= KEPT_PIECES).then(|| windows.collect())
-}
-
-impl Window {
-    fn new(
-        problem: &Problem,
-        dtype: kernels::Dtype,
-        parts: &[Range<usize>],
-        start: usize,
-        width: usize,
-    ) -> Self {
-        let mut numel = 0;
-        let pieces = parts.iter().map(|part| {
-            let from = part.end.min(part.start + start);
-            let piece = from..part.end.min(from + width);
-            let place = numel;
-            numel += piece.len();
-            (piece, place)
-        });
-        let pieces: Vec<_> = pieces.collect();
-        let counts = pieces.iter().map(|(piece, _)| piece.len());
-        let is_even = counts.clone().all(|count| count == pieces[0].0.len());
-        let key = Key {
-            kind: problem.kind,
-            lifted: problem.lifted,
-            dtype,
-            numel,
-            counts: (!is_even).then(|| counts.collect()),
-            is_window: true,
+    /// Fold elements from stages, `skip` elements from their starts. `own`: this rank's, where they still lie with the caller.
+    fn join(
+        &self,
+        sources: &Range<usize>,
+        skip: usize,
+        own: Option<Span<'_>>,
+        target: SpanMut<'_>,
+        store: Store,
+    ) -> Result<()> {
+        let load = |source: usize| match own {
+            Some(own) if source == self.math.rank => own,
+            _ => self.staged(source, skip, target.len()),
         };
-        Self { pieces, key }
+        let loads: SmallVec<[_; 16]> = sources.clone().map(load).collect();
+        let (fold, finish) = (self.math.reduce.fold(), self.math.finishing(loads.len()));
+        let factors = self.factors_for(sources);
+        kernels::combine(fold, &loads, factors, finish, &mut [target], store)
+            .map_err(self.refused())
     }
 
-    /// The pieces that lie in a part of the full vector; none crosses its border.
-    fn within(&self, part: &Range<usize>) -> impl Iterator<Item = (Range<usize>, usize)> {
-        let inside = |piece: &Range<usize>| piece.start >= part.start && piece.end <= part.end;
-        let pieces = self.pieces.iter();
-        let pieces = pieces.filter(move |(piece, _)| inside(piece) && !piece.is_empty());
-        pieces.cloned()
+    fn spend(&mut self, peers: usize, elems: usize) {
+        let bytes = self.bytes(peers * elems);
+        self.spent.messages += u64::from(bytes > 0);
+        self.spent.bytes += bytes;
     }
+
+    fn bytes(&self, elems: usize) -> u64 {
+        (elems * self.math.stamp.dtype.size()) as u64
+    }
+
+    /// Elements on a rank's stage.
+    fn staged(&self, rank: usize, skip: usize, elems: usize) -> Span<'_> {
+        let at = self.stage(*self.turn, skip);
+        self.group
+            .memory(rank)
+            .span(at, self.math.stamp.dtype, elems)
+    }
+
+    /// Elements of this rank's stage of a turn, to be stored.
+    fn stage_mut(&self, turn: u32, skip: usize, elems: usize) -> SpanMut<'_> {
+        let (at, own) = (self.stage(turn, skip), self.group.own().mapping());
+        own.span_mut(at, self.math.stamp.dtype, elems)
+    }
+
+    /// Where on the stage of a turn an element lies.
+    fn stage(&self, turn: u32, skip: usize) -> u64 {
+        STAGES[turn as usize % 2] + self.bytes(skip)
+    }
+}
+
+/// So many elements of a range, from one of its own on.
+fn at(range: &Range<usize>, start: usize, elems: usize) -> Range<usize> {
+    range.start + start..range.start + start + elems
 }

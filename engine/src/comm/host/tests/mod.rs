@@ -12,7 +12,7 @@ use fabric_kernels::Dtype;
 
 mod agree;
 mod calls;
-mod small;
+mod turns;
 mod wires;
 
 use super::*;
