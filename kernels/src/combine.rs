@@ -208,7 +208,7 @@ impl Work<'_, '_> {
 
     /// Two, four or eight spans meet in registers, for targets of their own dtype, where they are finished, or of its
     /// accumulator.
-    /// False if the targets' lines do not begin together, as streaming in step asks: then nothing was done.
+    /// False if there is no order in which the targets can be streamed in step: then nothing was done.
     fn join(
         &self,
         from: &[Span<'_>],

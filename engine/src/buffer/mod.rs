@@ -8,6 +8,7 @@ use std::{any::Any, ops::Range};
 use fabric_kernels::{self as kernels, Dtype, Element, Memory, Span, SpanMut};
 
 use crate::error::{Error, Result};
+pub(crate) use slab::align_of_slab;
 pub use slab::{Piece, SLAB_ALIGN, Slab, carve};
 
 /// All that a tensor must be able to do. An implementation either lends its memory ([`Buffer::span`]), which is enough,

@@ -10,7 +10,7 @@ use std::mem::MaybeUninit;
 use super::Streamer;
 use super::lane::{Binary, Unary};
 use super::raw::{Reader, Writers};
-use super::stream::{LINE_BYTES, Line};
+use super::stream::{Course, LINE_BYTES, Line};
 use crate::dtype::Element;
 
 /// Elements that are computed before any of them is stored.
@@ -34,8 +34,8 @@ pub(super) struct Join<'f, 't, 'a, A, B, C, L, F, E, const N: usize> {
     pub(super) each: F,
     pub(super) end: E,
     pub(super) partial: PhantomData<C>,
-    /// Elements before the first line of all targets, if they are streamed.
-    pub(super) lead: Option<usize>,
+    /// The order of steps, if they are streamed.
+    pub(super) course: Option<Course>,
 }
 
 impl<A, B, C, L, F, E, const N: usize> Streamer for Join<'_, '_, '_, A, B, C, L, F, E, N>
@@ -53,10 +53,18 @@ where
             assert_eq!(from.len(), len);
         }
         assert_eq!(self.into.len(), len);
-        let streaming = self.lead.is_some();
+        let streaming = self.course.is_some();
+        let is_down = self.course.is_some_and(|course| course.is_down);
+        let (stride, ahead) = match is_down {
+            true => (
+                STEP.wrapping_neg(),
+                (AHEAD_BYTES / size_of::<A>()).wrapping_neg(),
+            ),
+            false => (STEP, AHEAD_BYTES / size_of::<A>()),
+        };
         let fetching = streaming && self.into.count() > 1; // one alone leaves the processor time for it
         let mut start = 0;
-        let mut short = self.lead.unwrap_or(0).min(len);
+        let mut short = self.course.map_or(0, |course| course.lead).min(len);
         loop {
             if short <= FEW {
                 for index in start..start + short {
@@ -77,29 +85,36 @@ where
                 unsafe { self.into.set(start, &results[..short]) };
             }
             start += short;
-            while len - start >= STEP {
+            let steps = (len - start) / STEP;
+            let mut at = match is_down {
+                true => start + (steps.max(1) - 1) * STEP,
+                false => start,
+            };
+            for _ in 0..steps {
                 if fetching {
                     // Processors fetch ahead within a page only, and shared memory often has small ones.
                     for from in &self.from {
-                        from.expect(start + AHEAD_BYTES / size_of::<A>(), STEP);
+                        from.expect(at.wrapping_add(ahead), STEP);
                     }
                 }
                 let mut results = [MaybeUninit::<B>::uninit(); STEP];
                 for (index, result) in results.iter_mut().enumerate() {
-                    // SAFETY: start + STEP <= len. `combine_equals_the_oracle_on_floats` runs every length.
-                    result.write(unsafe { self.at(start + index) });
+                    // SAFETY: at + STEP <= start + steps * STEP <= len, whichever way it goes.
+                    // `combine_equals_the_oracle_on_floats` runs every length.
+                    result.write(unsafe { self.at(at + index) });
                 }
                 if streaming {
-                    // SAFETY: start + STEP <= len, and all results were written; after the lead all targets start a
-                    // line, and a step is whole lines; `combine` calls `settle`.
-                    unsafe { self.into.stream::<S>(start, &results) };
+                    // SAFETY: at + STEP <= len, as above, and all results were written; after the lead all targets
+                    // start a line, and a step is whole lines; `combine` calls `settle`.
+                    unsafe { self.into.stream::<S>(at, &results) };
                 } else {
-                    // SAFETY: start + STEP <= len, and all results were written. `combine_equals_the_oracle_on_floats`
-                    // runs every length.
-                    unsafe { self.into.set(start, &results) };
+                    // SAFETY: at + STEP <= len, as above, and all results were written.
+                    // `combine_equals_the_oracle_on_floats` runs every length.
+                    unsafe { self.into.set(at, &results) };
                 }
-                start += STEP;
+                at = at.wrapping_add(stride);
             }
+            start += steps * STEP;
             short = len - start;
             if short == 0 {
                 return;

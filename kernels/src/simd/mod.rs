@@ -23,7 +23,7 @@ pub(crate) use raw::copy;
 pub(crate) use raw::{away, twin};
 pub(crate) use scratch::{BLOCK_BYTES, LEVELS, Scratch};
 pub(crate) use squares::add_squares;
-use stream::Line;
+use stream::{Course, Line};
 pub(crate) use stream::{settle, store, to_line};
 
 use crate::combine::Store;
@@ -184,8 +184,8 @@ pub(crate) fn fold_bools(op: Fold, into: SpanMut<'_>, with: Span<'_>) {
     with_bool_fold!(op, |each| launch(Zip { into, with, each }))
 }
 
-/// `targets[t][i] = factor * fold over j of from[j][i]`, in C. False if the targets' lines do not begin together, as
-/// streaming in step asks: then nothing was done.
+/// `targets[t][i] = factor * fold over j of from[j][i]`, in C. False if there is no order in which the targets can be
+/// streamed in step: then nothing was done.
 pub(crate) fn join_floats<A: Lane, B: Lane, C: Acc, const N: usize>(
     op: Fold,
     from: &[Span<'_>],
@@ -195,7 +195,7 @@ pub(crate) fn join_floats<A: Lane, B: Lane, C: Acc, const N: usize>(
 ) -> bool {
     let from = readers::<_, N>(from, |s| Reader::<A>::of(*s));
     let into = Writers::<B>::of(into);
-    let Some(lead) = lead(&into, store) else {
+    let Some(course) = course(&from, &into, store) else {
         return false;
     };
     let (lift, end) = (Convert::<C>(PhantomData), Scale(C::narrow(factor)));
@@ -210,7 +210,7 @@ pub(crate) fn join_floats<A: Lane, B: Lane, C: Acc, const N: usize>(
             each,
             end,
             partial,
-            lead,
+            course,
         });
         return true;
     }
@@ -221,7 +221,7 @@ pub(crate) fn join_floats<A: Lane, B: Lane, C: Acc, const N: usize>(
         each,
         end,
         partial,
-        lead
+        course
     }));
     true
 }
@@ -281,7 +281,7 @@ fn join_same<T: Element, const N: usize>(
     store: Store,
 ) -> bool {
     let into = Writers::<T>::of(into);
-    let Some(lead) = lead(&into, store) else {
+    let Some(course) = course(&from, &into, store) else {
         return false;
     };
     launch_streamer(Join {
@@ -291,7 +291,7 @@ fn join_same<T: Element, const N: usize>(
         each,
         end: Same,
         partial: PhantomData::<T>,
-        lead,
+        course,
     });
     true
 }
@@ -307,10 +307,15 @@ fn readers<'a, T: Element, const N: usize>(
 }
 
 /// What [`Join`] needs to know; none if it cannot be done.
-fn lead<T: Element>(into: &Writers<'_, '_, T>, store: Store) -> Option<Option<usize>> {
+#[inline(always)]
+fn course<A: Element, B: Element, const N: usize>(
+    from: &[Reader<'_, A>; N],
+    into: &Writers<'_, '_, B>,
+    store: Store,
+) -> Option<Option<Course>> {
     match store {
         Store::Cached => Some(None),
-        Store::Streaming => into.lead().map(Some),
+        Store::Streaming => into.course(from).map(Some),
     }
 }
 

@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ptr;
 
-use super::stream::{LINE_BYTES, Line};
+use super::stream::{Course, LINE_BYTES, Line};
 use crate::device::Device;
 use crate::dtype::{Dtype, Element};
 use crate::span::{Span, SpanMut};
@@ -139,7 +139,7 @@ impl<'a, T: Element> Reader<'a, T> {
     #[inline(always)]
     pub(super) fn expect(&self, index: usize, count: usize) {
         for line in (0..count).step_by(LINE_BYTES / size_of::<T>()) {
-            super::stream::expect(self.ptr.wrapping_add(index + line).cast());
+            super::stream::expect(self.ptr.wrapping_add(index.wrapping_add(line)).cast());
         }
     }
 
@@ -290,12 +290,13 @@ impl<'t, 'a, T: Element> Writers<'t, 'a, T> {
         self.each(put);
     }
 
-    /// Elements before the first that starts a line, if that is one number for all spans.
-    pub(super) fn lead(&self) -> Option<usize> {
-        let lead = |span: &SpanMut<'a>| super::stream::lead(span.ptr) / size_of::<T>();
-        let first = lead(&self.spans[0]);
-        let same = self.spans.iter().all(|span| lead(span) == first);
-        same.then_some(first)
+    /// In which order they can be streamed while these are loaded.
+    pub(super) fn course<A: Element, const N: usize>(
+        &self,
+        sources: &[Reader<'_, A>; N],
+    ) -> Option<Course> {
+        let sources = sources.each_ref().map(|source| source.ptr.cast());
+        Course::of(&sources, self.spans, size_of::<T>())
     }
 
     /// One and two spans without a loop, which would take as long as the stores.

@@ -4,6 +4,12 @@
 //! streaming one does neither, if whole lines are stored; it goes through a buffer of the processor from which it may
 //! arrive after later ordinary stores. So what signals to others that elements are there (a release store, which on
 //! this processor is an ordinary one) must come after a fence: [`settle`], once, at the end.
+//!
+//! [Note: same place in a page] A processor that compares only twelve bits of addresses takes a load for one of what a
+//! store on its way stores when both have the same place in their pages, and lets it wait. Streams to several targets
+//! are long on their way: where a target is a few lines further on in its page than a source, going up meets that at
+//! every step, and takes up to five times as long; where it is a few lines back, going down does. (Zen 3, two sources, two
+//! targets 256 bytes further on, 16 MiB by two cores: 3.5 ms going up, 1.6 going down.)
 
 use std::ptr;
 
@@ -12,6 +18,8 @@ use crate::combine::Store;
 use crate::span::{Span, SpanMut};
 
 pub(super) const LINE_BYTES: usize = 64;
+
+const NEAR_BYTES: usize = 1 << 10; // about what is on its way to one of two targets
 
 /// The bytes of one span into another of the same dtype and length, in host memory.
 pub(crate) fn store(from: Span<'_>, into: SpanMut<'_>, store: Store) {
@@ -51,6 +59,40 @@ pub(super) fn expect(line: *const u8) {
 /// Elements before the first that starts a line.
 pub(crate) fn to_line(span: &SpanMut<'_>) -> usize {
     lead(span.as_ptr()) / span.dtype().size()
+}
+
+/// In which order spans are streamed.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub(super) struct Course {
+    /// Elements before the first that starts a line in all targets.
+    pub(super) lead: usize,
+    /// From the last line to the first.
+    pub(super) is_down: bool,
+}
+
+impl Course {
+    /// The order in which no load waits for a store: [Note: same place in a page]. None if there is none, or if the
+    /// targets' lines do not begin together. Elements have `size` bytes.
+    #[inline(never)] // long spans only
+    pub(super) fn of(sources: &[*const u8], targets: &[SpanMut<'_>], size: usize) -> Option<Self> {
+        const PAGE_BYTES: usize = 4 << 10;
+        let first = lead(targets[0].as_ptr());
+        let is_even = targets.iter().all(|target| lead(target.as_ptr()) == first);
+        let further = |source: &*const u8| {
+            let source = source.addr();
+            let targets = targets.iter();
+            targets.map(move |target| target.as_ptr().addr().wrapping_sub(source) % PAGE_BYTES)
+        };
+        let is_several = targets.len() > 1;
+        let mut pairs = sources.iter().flat_map(further).filter(|_| is_several);
+        let waits_up = pairs.clone().any(|bytes| (1..NEAR_BYTES).contains(&bytes));
+        let waits_down = pairs.any(|bytes| bytes > PAGE_BYTES - NEAR_BYTES);
+        let can = is_even && !(waits_up && waits_down);
+        can.then_some(Self {
+            lead: first / size,
+            is_down: waits_up,
+        })
+    }
 }
 
 pub(super) fn lead(ptr: *const u8) -> usize {
@@ -164,5 +206,62 @@ impl Streamer for Lines {
             // instruction set of `L`. A breach changes bytes that the tests of `combine` guard, or faults in them.
             unsafe { L::stream(from, into) };
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal: streams run so that no load meets a store in its page. Method: targets some bytes further on than sources.
+    #[test]
+    fn the_course_avoids_what_is_on_its_way() {
+        let mut memory = vec![0u8; 16 << 10];
+        let page = memory.as_ptr().align_offset(4096);
+        let mut course = |sources: [usize; 2], targets: &[usize]| {
+            let sources = sources.map(|at| memory.as_ptr().wrapping_add(page + at));
+            let mut rest = &mut memory[page..];
+            let mut before = 0;
+            let mut spans = Vec::new();
+            for at in targets {
+                rest = rest.split_at_mut(at - before).1;
+                let (span, after) = rest.split_at_mut(1);
+                spans.push(SpanMut::of(span));
+                (rest, before) = (after, at + 1);
+            }
+            Course::of(&sources, &spans, 4)
+        };
+        let up = |lead| {
+            Some(Course {
+                lead,
+                is_down: false,
+            })
+        };
+        let down = |lead| {
+            Some(Course {
+                lead,
+                is_down: true,
+            })
+        };
+        assert_eq!(course([0, 4096], &[0, 8192]), up(0), "the same places");
+        assert_eq!(course([0, 4096], &[2048, 8192 + 2048]), up(0), "far on");
+        assert_eq!(course([0, 64], &[4096 + 256, 8192 + 256]), down(0));
+        assert_eq!(
+            course([0, 0], &[4096 + 40, 8192 + 40]),
+            down(6),
+            "24 bytes before a line"
+        );
+        assert_eq!(course([256, 256], &[4096, 8192]), up(0), "a few lines back");
+        assert_eq!(
+            course([0, 512], &[256, 4096 + 256]),
+            None,
+            "further on, and back"
+        );
+        assert_eq!(
+            course([0, 512], &[256]),
+            up(0),
+            "one target alone is soon stored"
+        );
+        assert_eq!(course([0, 0], &[2048, 4096 + 32]), None, "no common line");
     }
 }
