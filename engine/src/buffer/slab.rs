@@ -20,10 +20,9 @@ pub const SLAB_ALIGN: usize = 128;
 
 /// How a fresh slab of so many bytes is aligned: long ones start a page.
 ///
-/// [Note: same place in a page] Processors take a load for one of what a store on its way stores when the two have the same place
-/// in their pages, and let it wait. Where inputs and outputs start pages, what is loaded next is not where something was just
-/// stored. (An all_reduce of 64 MiB between two ranks, into an output that starts 256 bytes further on in its page: 11.7 ms,
-/// and 7.0 where both start pages; of 1 MiB 43 and 30 us.)
+/// Where inputs and outputs start pages, what is loaded next is not where something was just stored: the kernels'
+/// [Note: same place in a page]. (An all_reduce of 64 MiB between two ranks, into an output that starts 256 bytes further
+/// on in its page: 11.7 ms, and 7.0 where both start pages; of 1 MiB 43 and 30 us.)
 pub(crate) fn align_of_slab(bytes: usize) -> usize {
     const PAGE_BYTES: usize = 4 << 10;
     match bytes < 4 * PAGE_BYTES {

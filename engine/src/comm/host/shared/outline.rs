@@ -110,14 +110,7 @@ pub(super) struct Work {
 impl Posts {
     fn new(problem: &Problem, dtype: Dtype, rank: usize, steps: &[Shared]) -> Self {
         let inputs = (0..problem.world).map(|rank| problem.input(rank).len());
-        let works = steps.iter().flat_map(|step| match step {
-            Shared::LoadFoldStore { ranges, from, .. } => ranges
-                .iter()
-                .map(|range| Work::new(problem, dtype, rank, range, *from))
-                .collect(),
-            Shared::Post | Shared::Sync => Vec::new(),
-        });
-        let works: Vec<_> = works.collect();
+        let works = Work::all(problem, dtype, rank, steps);
         let mut spent = Spent {
             collectives: 1,
             ..Spent::default()
@@ -163,6 +156,18 @@ pub(super) fn own(problem: &Problem, rank: usize) -> Range<usize> {
 }
 
 impl Work {
+    /// What there is to do in steps that fold nothing for others.
+    pub(super) fn all(problem: &Problem, dtype: Dtype, rank: usize, steps: &[Shared]) -> Vec<Self> {
+        let works = steps.iter().flat_map(|step| match step {
+            Shared::LoadFoldStore { ranges, from, .. } => ranges
+                .iter()
+                .map(|range| Self::new(problem, dtype, rank, range, *from))
+                .collect(),
+            Shared::Post | Shared::Sync => Vec::new(),
+        });
+        works.collect()
+    }
+
     fn new(
         problem: &Problem,
         dtype: Dtype,

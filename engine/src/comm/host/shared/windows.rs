@@ -17,12 +17,12 @@ use smallvec::SmallVec;
 use super::{
     super::super::Data,
     hand::Hand,
-    outline::{Outline, members, own},
+    outline::{Outline, Work, own},
     pass::Pass,
 };
 use crate::{
     error::Result,
-    schedule::{self, Kind, Problem, Shared},
+    schedule::{self, Kind, Problem},
     wire::shm::{STAGE_BYTES, STAGES},
 };
 
@@ -37,7 +37,7 @@ pub(super) struct Windows {
     /// What others load of this rank's input, in its own coordinates: each has its place on the stage.
     parts: Vec<Part>,
     /// What this rank's output is made of.
-    works: Vec<Work>,
+    works: Vec<Staged>,
     /// All hold the whole vector, and each folds a slice of every window for all; has it an output?
     split: Option<bool>,
 }
@@ -50,17 +50,13 @@ struct Part {
     is_own: bool,
 }
 
-/// A part of this rank's output.
-struct Work {
-    /// Whose elements are folded.
-    sources: Range<usize>,
-    /// Where on their stages they lie.
+/// A part of this rank's output, of which a window has a cut.
+struct Staged {
+    whole: Work,
+    /// Where on the sources' stages it lies.
     slot: usize,
-    /// Where in this rank's input they start, if it is one of the sources.
+    /// Where in this rank's input it starts, if that is one of the sources.
     input: Option<usize>,
-    /// Where in its output.
-    output: usize,
-    elems: usize,
 }
 
 impl Windows {
@@ -93,7 +89,7 @@ impl Windows {
             count: longest.div_ceil(width),
             width,
             parts: mine.collect(),
-            works: works(problem, rank),
+            works: works(problem, rank, dtype),
             split: split.then_some(has_output),
         }
     }
@@ -122,30 +118,19 @@ fn parts(problem: &Problem, rank: usize) -> Vec<Range<usize>> {
         .collect()
 }
 
-fn works(problem: &Problem, rank: usize) -> Vec<Work> {
-    let mut works = Vec::new();
-    for step in schedule::posted(problem, rank) {
-        let Shared::LoadFoldStore { ranges, from, .. } = step else {
-            continue;
-        };
-        let sources = members(problem, from);
-        for range in ranges {
-            let place = |rank: usize| range.start - problem.input(rank).start;
-            let skip = place(sources.start); // where many are folded, all inputs are whole
-            let slot = parts(problem, sources.start)
-                .iter()
-                .position(|part| part.contains(&skip));
-            let output = problem.output_index(rank, range.start);
-            works.push(Work {
-                slot: slot.expect("inputs are cut into parts"),
-                input: sources.contains(&rank).then(|| place(rank)),
-                output: output.expect("the checker proves that outputs hold what is stored"),
-                elems: range.len(),
-                sources: sources.clone(),
-            });
+fn works(problem: &Problem, rank: usize, dtype: Dtype) -> Vec<Staged> {
+    let works = Work::all(problem, dtype, rank, &schedule::posted(problem, rank));
+    let works = works.into_iter().map(|whole| {
+        let skip = whole.skip_bytes / dtype.size();
+        let parts = parts(problem, whole.sources.start);
+        let slot = parts.iter().position(|part| part.contains(&skip));
+        Staged {
+            slot: slot.expect("inputs are cut into parts"),
+            input: whole.sources.contains(&rank).then_some(skip),
+            whole,
         }
-    }
-    works
+    });
+    works.collect()
 }
 
 /// The way of one call through its windows.
@@ -219,28 +204,26 @@ impl Pass<'_> {
     /// A window of this rank's output, from all stages.
     fn fetch(&mut self, way: &Way, index: usize, data: &mut Data) -> Result<()> {
         let windows = way.windows;
-        for work in &windows.works {
-            let is_here =
-                work.sources == (self.math.rank..self.math.rank + 1) && self.factors.is_empty();
-            let cut = windows.cut(index, work.elems);
+        for Staged { whole, slot, input } in &windows.works {
+            let sources = &whole.sources;
+            let is_here = whole.peers == 0 && self.factors.is_empty();
+            let cut = windows.cut(index, whole.elems);
             if cut.is_empty() || (is_here && !matches!(data, Data::Out { .. })) {
                 continue; // in place, the elements are where they belong
             }
-            let peers = work.sources.len() - usize::from(work.sources.contains(&self.math.rank));
-            self.spend(peers, cut.len());
-            let skip = work.slot * windows.width;
+            self.spend(whole.peers, cut.len());
+            let skip = slot * windows.width;
+            let part = whole.start + cut.start..whole.start + cut.end;
             if let Data::Out { from, into } = data {
-                let start = work.input.map(|start| start + cut.start);
-                let own = start.map(|start| from.part(at(&way.hand.input, start, cut.len())));
-                let target =
-                    into.part_mut(at(&way.hand.output, work.output + cut.start, cut.len()));
-                self.join(&work.sources, skip, own, target, way.store)?;
+                let own =
+                    input.map(|start| from.part(at(&way.hand.input, start + cut.start, cut.len())));
+                let target = into.part_mut(at(&way.hand.output, part.start, part.len()));
+                self.join(sources, skip, own, target, way.store)?;
                 continue;
             }
-            let part = work.output + cut.start..work.output + cut.end;
             way.hand.write(data, part, |slab, range, before| {
                 let target = slab.part_mut(range);
-                self.join(&work.sources, skip + before, None, target, way.store)
+                self.join(sources, skip + before, None, target, way.store)
             })?;
         }
         Ok(())
